@@ -1,0 +1,91 @@
+"""Pictures: predicted and true meshes of fixed validation frames, in TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX
+from fasthmr.data.batch import ClipBatch
+from fasthmr.geometry.cameras import crop_camera_translation
+from fasthmr.models.hmr import HMROutput
+from fasthmr.render.overlay import overlay_mesh, side_view
+
+PREDICTION_COLOR = (0.55, 0.75, 0.95)
+TRUTH_COLOR = (0.60, 0.85, 0.60)
+
+
+class Pictures(L.Callback):
+    """After each validation, one strip per fixed sample: input crop, prediction, ground truth, prediction from the side.
+
+    The samples are the middle frames of the first clips of the validation set, which never change, so that TensorBoard's
+    slider shows the same person getting better.
+
+    Args:
+        samples: how many.
+    """
+
+    def __init__(self, samples: int = 6) -> None:
+        self.samples = samples
+        self._strips: list[np.ndarray] = []
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._strips = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: ClipBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        for clip in range(min(len(batch.keys), self.samples - len(self._strips))):
+            self._strips.append(draw_strip(pl_module.body, batch, outputs, clip))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                for number, strip in enumerate(self._strips):
+                    logger.experiment.add_image(f"samples/{number}", strip, trainer.global_step, dataformats="HWC")
+
+
+def draw_strip(body: Any, batch: ClipBatch, output: HMROutput, clip: int) -> np.ndarray:
+    """Input | prediction | ground truth | side views of both, for the middle frame of one clip: (256, 5*256, 3) RGB.
+
+    The prediction is drawn with its own weak-perspective crop camera, the truth with the full image's camera.
+    """
+    frames = batch.valid.shape[1]
+    frame = frames // 2
+    row = clip * frames + frame
+    image = batch.images[clip, frame].permute(1, 2, 0).cpu().numpy()
+    faces = body.faces.cpu().numpy()
+    centre = (CROP_PX / 2, CROP_PX / 2)
+
+    with torch.no_grad():
+        predicted = body(output.rotations[row : row + 1].float(), output.betas[row : row + 1].float())
+        shift = crop_camera_translation(output.camera[row : row + 1].float(), CROP_FOCAL_PX, CROP_PX)
+        truth = body(batch.rotations[clip, frame : frame + 1], batch.betas[clip : clip + 1])
+    vertices = predicted.vertices[0]
+    panels = [image, overlay_mesh(image, (vertices + shift[0]).cpu().numpy(), faces, CROP_FOCAL_PX, centre, PREDICTION_COLOR)]
+
+    if bool(batch.has_pose[clip]):
+        scale = CROP_PX / float(batch.box_size[clip, frame])
+        intrinsics = batch.intrinsics[clip].cpu().numpy()
+        offset = intrinsics[:2, 2] - batch.box_center[clip, frame].cpu().numpy()
+        in_camera = (truth.vertices[0] + batch.translation[clip, frame]).cpu().numpy()
+        focal_px = scale * float(intrinsics[0, 0])
+        true_centre = (centre[0] + scale * float(offset[0]), centre[1] + scale * float(offset[1]))
+        panels.append(overlay_mesh(image, in_camera, faces, focal_px, true_centre, TRUTH_COLOR))
+    else:
+        panels.append(np.full_like(image, 255))
+    panels.append(side_view(vertices.cpu().numpy(), faces, CROP_PX, PREDICTION_COLOR))
+    panels.append(side_view(truth.vertices[0].cpu().numpy(), faces, CROP_PX, TRUTH_COLOR))
+    return np.concatenate(panels, axis=1)

@@ -1,0 +1,61 @@
+"""Throughput: how fast training runs, and how much of the time it waits for data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+
+class Throughput(L.Callback):
+    """Logs `throughput/clips_per_s`, `throughput/frames_per_s` (over all ranks) and `throughput/data_wait_share`.
+
+    Samples are counted from the batches, and the device is synchronised only when a window ends, so that measuring
+    does not slow down what is measured.
+
+    Args:
+        every_n_steps: batches over which a value is averaged.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be 1 or more, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = self._batch_end = time.perf_counter()
+        self._waited = 0.0
+        self._clips = self._frames = self._batches = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restart()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._batch_end
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        clips, frames = batch.valid.shape
+        self._clips += clips
+        self._frames += clips * frames
+        self._batches += 1
+        if self._batches == self.every_n_steps:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            seconds = time.perf_counter() - self._start
+            values = {
+                "throughput/clips_per_s": self._clips * trainer.world_size / seconds,
+                "throughput/frames_per_s": self._frames * trainer.world_size / seconds,
+                "throughput/data_wait_share": self._waited / seconds,
+            }
+            pl_module.log_dict(values, rank_zero_only=True)
+            self._restart()
+        self._batch_end = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A window that spans a validation would count it as training time.
+        self._restart()

@@ -1,0 +1,91 @@
+"""What the entry points share: a parser whose errors name the nearest key, and atomic writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import typing
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser
+
+
+class UsageError(Exception):
+    """The command cannot be run as given; the message says what, got, do."""
+
+
+class FitParser(LightningArgumentParser):
+    """LightningCLI's parser, with errors that name the unknown key and the nearest valid one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise UsageError instead of printing usage and leaving."""
+        raise UsageError(explain(message, self))
+
+
+_UNKNOWN_KEY = (
+    re.compile(r"unrecognized arguments: --([\w.+]+)"),
+    re.compile(r"[Oo]ption '([\w.+]+)'"),
+    re.compile(r"Key '([\w.+]+)'"),
+)
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """Shorten a parser's message about an unknown key and add the nearest valid keys."""
+    for pattern in _UNKNOWN_KEY:
+        if found := pattern.search(message):
+            key = found.group(1).rstrip("+")
+            near = difflib.get_close_matches(key.rpartition(".")[2], sorted(valid_keys(parser)), n=3)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; see --help or --print_config"
+            return f"unknown key {key!r}{hint}"
+    return message
+
+
+def valid_keys(parser: LightningArgumentParser) -> set[str]:
+    """Last parts of the keys that a config may have, those of the classes it has named so far included."""
+    keys = {key.rpartition(".")[2] for key in parser.get_defaults().keys()}
+    for base in (L.LightningModule, L.LightningDataModule, L.Callback):
+        for cls in _subclasses(base):
+            if cls.__module__.partition(".")[0] in ("fasthmr", "datamodules", "callbacks"):
+                keys |= _parameters(cls)
+    return keys
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {sub for direct in cls.__subclasses__() for sub in {direct, *_subclasses(direct)}}
+
+
+def _parameters(cls: type) -> set[str]:
+    """Names of the constructor's parameters, and of those of dataclasses among their types."""
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(cls.__init__).items():
+        if name == "return":
+            continue
+        names.add(name)
+        for option in (hint, *typing.get_args(hint)):
+            if inspect.isclass(option) and dataclasses.is_dataclass(option):
+                names |= _parameters(option)
+    return names
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted keys; lists and scalars are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
+    return flat
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, never sees half of it."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

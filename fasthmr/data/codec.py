@@ -1,0 +1,114 @@
+"""A clip as members of a tar file and back: the only place that knows how a sample lies in a shard.
+
+Sample KEY has the members (docs/shards.md says why):
+
+    KEY.meta.json     what is text: schema version, key, source, fps, body, status
+    KEY.labels.npz    what is numbers: labels, cameras, and where each packed image begins
+    KEY.frames.jpgs   the JPEG crops, one behind the other
+    KEY.masks.pngs    the PNG instance masks, likewise
+    KEY.full.jpgs     the full images, if they were kept
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from fasthmr.data.schema import ARRAYS, SCHEMA_VERSION, Clip, ClipError, PackedImages
+
+META, LABELS = "meta.json", "labels.npz"
+IMAGES = {"frames": "frames.jpgs", "masks": "masks.pngs", "full_frames": "full.jpgs"}
+
+#: labels of an hour at 60 fps are a tenth of this; anything larger is damaged or made to exhaust memory.
+MAX_LABELS_BYTES = 1 << 30
+
+
+def encode_clip(clip: Clip) -> dict[str, bytes]:
+    """Members of a clip by extension, in the order in which they are written. The same clip gives the same bytes.
+
+    Raises:
+        ClipError: the clip breaks the schema.
+    """
+    clip.validate()
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "key": clip.key,
+        "source": clip.source,
+        "fps": clip.fps,
+        "body": clip.body,
+        "status": clip.status,
+    }
+    arrays = {name: getattr(clip, name) for name in ARRAYS}
+    members = {META: json.dumps(meta, sort_keys=True).encode()}
+    images: dict[str, bytes] = {}
+    for name, extension in IMAGES.items():
+        packed: PackedImages | None = getattr(clip, name)
+        if packed is not None:
+            arrays[f"{name}_offsets"] = packed.offsets
+            images[extension] = packed.data
+    members[LABELS] = _npz_bytes(arrays)
+    return members | images
+
+
+def decode_sample(sample: Mapping[str, bytes]) -> Clip:
+    """A clip from the members of a sample, as WebDataset and `ClipStore` read them; checked, images still encoded.
+
+    Raises:
+        ClipError: a member is missing or damaged, the schema version is another, or the clip breaks the schema.
+    """
+    key = str(sample.get("__key__", "?"))
+    for extension in (META, LABELS, IMAGES["frames"], IMAGES["masks"]):
+        if extension not in sample:
+            raise ClipError(f"clip {key}: the shard has no {extension} for it; it has {sorted(sample)}")
+    try:
+        meta = json.loads(sample[META])
+        arrays = _read_npz(sample[LABELS])
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ClipError(f"clip {key}: its labels are damaged: {error}") from error
+    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ClipError(f"clip {key}: has schema version {version}, this fasthmr reads {SCHEMA_VERSION}; make the shards anew")
+    try:
+        images = {
+            name: _packed(key, name, sample[extension], arrays[f"{name}_offsets"])
+            for name, extension in IMAGES.items()
+            if extension in sample
+        }
+        text = {name: meta[name] for name in ("key", "source", "fps", "body", "status")}
+        clip = Clip(**text, **images, **{name: arrays[name] for name in ARRAYS})
+    except KeyError as error:
+        raise ClipError(f"clip {key}: its labels lack {error}") from error
+    clip.validate()
+    return clip
+
+
+def _packed(key: str, name: str, data: bytes, offsets: np.ndarray) -> PackedImages:
+    steps_up = offsets.ndim == 1 and len(offsets) > 1 and offsets[0] == 0 and bool((np.diff(offsets) >= 0).all())
+    if offsets.dtype != np.int64 or not steps_up or offsets[-1] != len(data):
+        raise ClipError(f"clip {key}: the offsets of {name} do not fit its {len(data)} bytes")
+    return PackedImages(data, offsets)
+
+
+def _npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """An .npz whose bytes depend on the arrays only; np.savez would write the time of day."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue(), zipfile.ZIP_DEFLATED, 1)
+    return buffer.getvalue()
+
+
+def _read_npz(data: bytes) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(info.file_size for info in archive.infolist())  # before anything is decompressed
+        if size > MAX_LABELS_BYTES:
+            raise ValueError(f"they would unpack to {size} bytes, more than {MAX_LABELS_BYTES}")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}

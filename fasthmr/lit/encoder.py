@@ -1,0 +1,212 @@
+"""MergedEncoderModule: trains and validates the per-frame encoder (HMR) on batches of clips."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from fasthmr.body import load_body, require_same_body
+from fasthmr.checkpoint import encoder_header, load_encoder
+from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, MASK_SUBJECT, NUM_JOINTS
+from fasthmr.data.batch import ClipBatch
+from fasthmr.geometry.cameras import crop_camera_translation, project
+from fasthmr.lit.optim import OptimizerConfig, build_optimizer
+from fasthmr.losses import HMRTarget, LossWeights, hmr_losses
+from fasthmr.metrics import PROTOCOLS, BestConstantError, PoseErrors
+from fasthmr.models.hmr import HMR, HMRConfig, HMROutput
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a batch is NaN or infinite; the message names the loss parts and the clips of the batch."""
+
+
+class MergedEncoderModule(L.LightningModule):
+    """Losses, optimiser, metrics and checkpoint header of the encoder.
+
+    The net works frame by frame; a batch of B clips with T frames is B*T independent frames in training. In validation
+    each clip is a sequence, because the acceleration error needs consecutive frames.
+
+    Its merge plan says which layers of `net` became one; it is empty until layers are merged, is saved in every
+    checkpoint, and is the structure that a checkpoint is restored to.
+
+    Args:
+        net: sizes of the encoder.
+        body: "free", or the path of an SMPL-format body file. Its id is saved, and checked on loading.
+        optimizer: AdamW and its schedule.
+        loss: weights of the loss parts.
+        ema_decay: decay of the exponential moving average of the weights, or null for none. Validation, `best`
+            checkpoints and `load_encoder` use the average.
+        protocol: name of the evaluation protocol of the validation metrics (`fasthmr.metrics.PROTOCOLS`).
+        init_from: checkpoint of an encoder whose weights to start from, or null.
+        seed: dropout of step s on rank r is seeded by (seed, s, r), so that a resumed run equals an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        net: HMRConfig,
+        body: str = "free",
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen, so sharing it is safe)
+        loss: LossWeights = LossWeights(),  # noqa: B008
+        ema_decay: float | None = 0.999,
+        protocol: str = "body-24",
+        init_from: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1) or null, got {ema_decay}")
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}, got {protocol!r}")
+        self.net = HMR(net)
+        if init_from is not None:
+            self.net.load_state_dict(load_encoder(init_from).state_dict())
+        self.ema = _averaged(self.net, ema_decay) if ema_decay is not None else None
+        self.body = load_body(body)
+        self.merge_plan: list[dict] = []
+        self.optimizer_config = optimizer
+        self.loss_weights = loss
+        self.seed = seed
+        self.errors = PoseErrors(PROTOCOLS[protocol])
+        self.constant_error = BestConstantError(PROTOCOLS[protocol])
+
+    @property
+    def best_net(self) -> nn.Module:
+        """The weights to use: their moving average where there is one."""
+        return self.ema.module if self.ema is not None else self.net
+
+    # ---- one batch ------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: ClipBatch) -> HMROutput:
+        """Predict every frame of a batch with the weights to use: outputs have B*T rows, clip by clip."""
+        return self.best_net(batch.network_input(), person_mask=subject_mask(batch))
+
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
+        output = self.net(batch.network_input(), person_mask=subject_mask(batch))
+        parts = self._losses(output, batch)
+        loss = parts["total"]
+        # Checked before the backward pass, so that neither weights nor checkpoints ever hold the NaN.
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{k}={float(v):g}" for k, v in parts.items())
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {self.global_step}: {values}; clips: {', '.join(batch.keys)}. "
+                "Look at these clips with `python -m fasthmr.shard inspect`, or lower optimizer.lr."
+            )
+        self.log_dict({f"train/loss_{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch.keys))
+        return loss
+
+    def validation_step(self, batch: ClipBatch, batch_idx: int) -> HMROutput:
+        output = self(batch)
+        clips, frames = batch.valid.shape
+        predicted = self.body(output.rotations, self._clip_betas(output.betas, clips, frames))
+        target = self.body(batch.rotations.flatten(0, 1), batch.betas.repeat_interleave(frames, 0))
+        shape = (clips, frames)
+        self.errors.update(
+            pred_joints=predicted.joints.unflatten(0, shape),
+            target_joints=target.joints.unflatten(0, shape),
+            pred_vertices=predicted.vertices.unflatten(0, shape),
+            target_vertices=target.vertices.unflatten(0, shape),
+            valid=batch.valid & batch.has_pose[:, None],
+            fps=batch.fps,
+        )
+        self.constant_error.update(target.joints.unflatten(0, shape), batch.valid & batch.has_pose[:, None])
+        return output
+
+    def on_validation_epoch_end(self) -> None:
+        # Logged here and not in the step: a rank whose share of the validation set is empty must log the same keys.
+        values = {f"val/{k}": v for k, v in self.errors.compute().items()}
+        values["val/mpjpe_best_constant_mm"] = self.constant_error.compute()
+        self.errors.reset()
+        self.constant_error.reset()
+        self.log_dict({k: v.to(self.device, torch.float32) for k, v in values.items()}, rank_zero_only=False)
+
+    def _losses(self, output: HMROutput, batch: ClipBatch) -> dict[str, Tensor]:
+        """Loss parts and their weighted sum "total"; predictions (B*T, ...) against the batch's labels."""
+        frames = batch.valid.shape[1]
+        joints = self.body.joints29(output.rotations, output.betas)
+        with torch.autocast(joints.device.type, enabled=False):
+            translation = crop_camera_translation(output.camera.float(), CROP_FOCAL_PX, CROP_PX)
+            centre = joints.new_zeros(len(joints), 2)
+            # focal / crop: image coordinates come out in crop widths from the crop's centre, like the batch's labels.
+            joints2d = project(joints, translation, CROP_FOCAL_PX / CROP_PX, centre)
+            target = HMRTarget(
+                rotations=batch.rotations.flatten(0, 1),
+                betas=batch.betas.repeat_interleave(frames, 0),
+                joints3d=batch.joints3d.flatten(0, 1),
+                joints2d=batch.joints2d.flatten(0, 1),
+                has_pose=batch.has_pose.repeat_interleave(frames),
+                has_betas=batch.has_betas.repeat_interleave(frames),
+                valid=batch.valid.flatten(),
+            )
+            return hmr_losses(output.rotations, output.betas, joints, joints2d, target, self.loss_weights)
+
+    def _clip_betas(self, betas: Tensor, clips: int, frames: int) -> Tensor:
+        """Average the shape over each clip where the protocol says so (FastHMR, Sec. 4.1)."""
+        if not self.errors.protocol.average_betas:
+            return betas
+        return betas.unflatten(0, (clips, frames)).mean(1).repeat_interleave(frames, 0)
+
+    # ---- optimisation ---------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total) or total <= 0:
+            raise ValueError("the schedule needs a length: set trainer.max_steps or trainer.max_epochs")
+        optimizer, scheduler = build_optimizer(self.net, self.optimizer_config, int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
+        # Lightning does not save RNG states: dropout depends on the batch's number instead, which it does save.
+        position = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(hash((self.seed, position, self.global_rank)) % 2**63)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update_parameters(self.net)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        prefix = "ema.module." if self.ema is not None else "net."
+        checkpoint["fasthmr"] = encoder_header(self.net.config, self.body.id, self.merge_plan, prefix)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Called before the weights are loaded: refuse here with names instead of a list of tensor shapes later.
+        header = checkpoint.get("fasthmr")
+        if header is None:
+            raise ValueError("the checkpoint was not written by fasthmr: it has no 'fasthmr' header")
+        require_same_body(self.body.id, header["body"], where="the checkpoint")
+        ours, theirs = encoder_header(self.net.config, self.body.id, self.merge_plan, "")["config"], header["config"]
+        changed = [f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
+        if changed:
+            raise ValueError(
+                f"the checkpoint is of another encoder ({'; '.join(changed)}): resume with its own config, "
+                "or start a new run with model.init_args.init_from"
+            )
+
+
+def subject_mask(batch: ClipBatch) -> Tensor:
+    """Pixels of the tracked person, (B*T,256,256) bool; other people count as background."""
+    return (batch.masks == MASK_SUBJECT).flatten(0, 1)
+
+
+def _averaged(net: nn.Module, decay: float) -> AveragedModel:
+    """Moving average of `net` with a short memory at the start, so that the random first weights are forgotten."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        weight = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    model = AveragedModel(net, multi_avg_fn=update)
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,193 @@
+"""HMR: person crop in, SMPL pose, shape and camera out, one frame at a time (HMR2.0's architecture, any size)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fasthmr.conventions import CROP_PX, NUM_JOINTS
+from fasthmr.geometry.rotations import rotation_6d_to_matrix
+from fasthmr.models.smpl_head import MeanParameters, SMPLHead
+from fasthmr.models.vit import ViT
+
+#: columns cut off on each side of the square crop: people are upright, and the backbone was trained on 256 x 192.
+SIDE_COLUMNS_PX = 32
+
+
+@dataclass(frozen=True)
+class HMRConfig:
+    """Sizes of an `HMR`; the defaults are HMR2.0's (ViT-H, 670 M parameters).
+
+    Args:
+        vit_dim: width of the image tokens, a multiple of 4.
+        vit_depth: layers of the backbone.
+        vit_heads: attention heads of the backbone; they divide `vit_dim`.
+        vit_mlp_ratio: hidden width of the backbone's feed-forward networks, over `vit_dim`.
+        head_dim: width of the head's token, and so of the feature.
+        head_depth: layers of the head.
+        head_heads: attention heads of the head.
+        head_dim_head: width of one attention head of the head.
+        head_mlp_dim: hidden width of the head's feed-forward networks.
+        drop_path: stochastic depth of the backbone's last layer in training, growing linearly from 0 at the first;
+            HMR2.0 trains its ViT-H with 0.55.
+        head_dropout: dropout in the head, in training.
+
+    Raises:
+        ValueError: a size is not a positive whole number, or does not fit another; names the field.
+    """
+
+    vit_dim: int = 1280
+    vit_depth: int = 32
+    vit_heads: int = 16
+    vit_mlp_ratio: float = 4.0
+    head_dim: int = 1024
+    head_depth: int = 6
+    head_heads: int = 8
+    head_dim_head: int = 64
+    head_mlp_dim: int = 1024
+    drop_path: float = 0.0
+    head_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("drop_path", "head_dropout"):
+                valid, wanted = _is_number(value) and 0 <= value < 1, "a number in [0, 1)"
+            elif field.name == "vit_mlp_ratio":
+                valid, wanted = _is_number(value) and value > 0, "a positive number"
+            else:
+                valid, wanted = type(value) is int and value > 0, "a positive whole number"
+            if not valid:
+                raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
+        if self.vit_dim % 4:
+            raise ValueError(f"vit_dim must be a multiple of 4, got {self.vit_dim}")
+        if self.vit_dim % self.vit_heads:
+            raise ValueError(f"vit_heads must divide vit_dim ({self.vit_dim}), got {self.vit_heads}")
+        if not float(self.vit_dim * self.vit_mlp_ratio).is_integer():
+            raise ValueError(f"vit_mlp_ratio times vit_dim ({self.vit_dim}) must be whole, got {self.vit_mlp_ratio}")
+
+    @classmethod
+    def hmr2(cls) -> HMRConfig:
+        """HMR2.0's size: ViT-H and a 1024-d feature, 670,459,037 parameters."""
+        return cls()
+
+    @classmethod
+    def tiny(cls) -> HMRConfig:
+        """For two CPU cores: 12 layers of width 192 and a 256-d feature, 7.8 M parameters."""
+        return cls(
+            vit_dim=192, vit_depth=12, vit_heads=3,
+            head_dim=256, head_depth=3, head_heads=4, head_dim_head=64, head_mlp_dim=512,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` takes back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HMRConfig:
+        """Config of plain data; absent keys take their defaults. Raises ValueError naming an unknown key."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+                raise ValueError(f"unknown key {key!r} in an HMR config: did you mean {nearest!r}?")
+        return cls(**values)
+
+
+class HMROutput(NamedTuple):
+    """Prediction for B crops, all float32.
+
+    Attributes:
+        feature: (B, D) the head's token before its read-outs: what the diffusion decoder is conditioned on.
+        rotations: (B, 24, 3, 3) of SMPL's joints relative to their parents; the root's is in the camera frame (y down).
+        betas: (B, 10) shape.
+        camera: (B, 3) = (s, tx, ty); `fasthmr.geometry.cameras` turns it into a translation.
+        pose6d: (B, 144) the 6D numbers that `rotations` are made of.
+    """
+
+    feature: Tensor
+    rotations: Tensor
+    betas: Tensor
+    camera: Tensor
+    pose6d: Tensor
+
+
+class HMR(nn.Module):
+    """HMR2.0 (Goel et al. 2023): ViT backbone and transformer head. It owns no body model.
+
+    Args:
+        config: sizes.
+        mean: mean parameters the read-outs add to; None for `smpl_head.default_mean_parameters`.
+    """
+
+    def __init__(self, config: HMRConfig, mean: MeanParameters | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = ViT(
+            dim=config.vit_dim,
+            depth=config.vit_depth,
+            heads=config.vit_heads,
+            mlp_ratio=config.vit_mlp_ratio,
+            image=(CROP_PX, CROP_PX - 2 * SIDE_COLUMNS_PX),
+            drop_path=config.drop_path,
+        )
+        self.smpl_head = SMPLHead(
+            dim=config.head_dim,
+            depth=config.head_depth,
+            heads=config.head_heads,
+            head_dim=config.head_dim_head,
+            mlp_dim=config.head_mlp_dim,
+            context_dim=config.vit_dim,
+            dropout=config.head_dropout,
+            mean=mean,
+        )
+
+    def forward(self, images: Tensor, person_mask: Tensor | None = None, camera: object | None = None) -> HMROutput:
+        """Predict each crop.
+
+        Args:
+            images: (B, 3, 256, 256) RGB, normalised with `conventions.IMAGE_MEAN` and `IMAGE_STD`; only the middle 192
+                columns are used.
+            person_mask: (B, 256, 256) bool in the same crop: guides token merging. Checked, but not used by a model
+                whose tokens are not merged.
+            camera: what CameraHMR conditions on (box, image size, intrinsics); HMR2.0 takes none.
+
+        Raises:
+            ValueError: a shape or type is wrong, or `camera` was given.
+        """
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, CROP_PX, CROP_PX) or not images.is_floating_point():
+            raise ValueError(
+                f"images must be (B, 3, {CROP_PX}, {CROP_PX}) floats, normalised; "
+                f"got {tuple(images.shape)} of {images.dtype}"
+            )
+        if person_mask is not None:
+            _check_person_mask(person_mask, len(images))
+        if camera is not None:
+            raise ValueError("this model is HMR2.0's and takes no camera, got one: pass camera=None")
+
+        decoded = self.smpl_head(self.backbone(middle_columns(images)))
+        with torch.autocast(images.device.type, enabled=False):
+            rotations = rotation_6d_to_matrix(decoded.pose6d.unflatten(-1, (NUM_JOINTS, 6)))
+        return HMROutput(decoded.feature, rotations, decoded.betas, decoded.camera, decoded.pose6d)
+
+
+def middle_columns(crops: Tensor) -> Tensor:
+    """The part of a square crop that the backbone sees: (..., 256, 256) -> (..., 256, 192), columns 32 to 223."""
+    return crops[..., SIDE_COLUMNS_PX : CROP_PX - SIDE_COLUMNS_PX]
+
+
+def _check_person_mask(mask: Tensor, batch_size: int) -> None:
+    if tuple(mask.shape) != (batch_size, CROP_PX, CROP_PX) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"person_mask must be ({batch_size}, {CROP_PX}, {CROP_PX}) bool, got {tuple(mask.shape)} of {mask.dtype}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,122 @@
+"""ViT: the backbone of HMR2.0 and CameraHMR, from the middle of a person crop to patch tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fasthmr.models.layers import DropPath, FeedForward, SelfAttention, init_transformer_weights
+
+NORM_EPS = 1e-6
+#: zero pixels around the image before it is cut into patches, as in ViTPose: patch i covers the pixels from 16 i - 2 to
+#: 16 i + 13. 256 + 4 pixels hold 16 whole patches, so the padding adds no patch; the last 2 pixels are not seen.
+PATCH_PADDING_PX = 2
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: attention and a feed-forward network, each added to its input."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = SelfAttention(dim, heads, dim // heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = FeedForward(dim, mlp_dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D), for any N."""
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of every patch to a token, row by row."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, padding=PATCH_PADDING_PX)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, D), N = rows * columns."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class ViT(nn.Module):
+    """Vision transformer as in ViTPose and HMR2.0 (`4D-Humans/hmr2/models/backbones/vit.py`), of any size.
+
+    `blocks` is keyed by the ORIGINAL number of each layer ("0", "1", ...): where layers are merged, keys disappear, and
+    those that stay keep their names in the state dict.
+
+    Args:
+        dim: width D of the tokens.
+        depth: number of layers.
+        heads: attention heads; they divide `dim`.
+        mlp_ratio: hidden width of the feed-forward networks over `dim`.
+        image: height and width of the input, px.
+        patch: side of a patch, px.
+        drop_path: probability of dropping a branch of the last layer; it grows linearly from 0 at the first layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        image: tuple[int, int] = (256, 192),
+        patch: int = 16,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        rows, columns = ((side + 2 * PATCH_PADDING_PX - patch) // patch + 1 for side in image)
+        self.image = image
+        self.num_tokens = rows * columns
+        self.patch_embed = PatchEmbed(dim, patch)
+        # Row 0 belonged to the class token of the pre-trained network, which has none any more.
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_tokens, dim))
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): Block(dim, heads, int(dim * mlp_ratio), drop_path=drop_path * i / max(1, depth - 1))
+                for i in range(depth)
+            }
+        )
+        self.last_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.apply(init_transformer_weights)
+        # At this scale patches and positions are about equally large, so that neither hides the other at the start.
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02, a=-0.04, b=0.04)
+        # Trained from there on. Started near zero instead, a small ViT takes many times longer to see where things are.
+        self.pos_embed.data[:, 1:] = sinusoid_positions(rows, columns, dim)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch tokens with their positions, before the first layer: (B, 3, H, W) -> (B, N, D)."""
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image:
+            raise ValueError(
+                f"images must have shape (B, 3, {self.image[0]}, {self.image[1]}), got {tuple(images.shape)}"
+            )
+        # The class token's position is added to every token as a constant: the weights were trained with it.
+        return self.patch_embed(images) + (self.pos_embed[:, 1:] + self.pos_embed[:, :1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens after the last norm: (B, 3, H, W) normalised -> (B, N, D), row by row."""
+        tokens = self.embed(images)
+        for block in self.blocks.values():
+            tokens = block(tokens)
+        return self.last_norm(tokens)
+
+
+def sinusoid_positions(rows: int, columns: int, dim: int) -> Tensor:
+    """Sine and cosine of each token's row (first half of the numbers) and column: (rows * columns, dim).
+
+    Wavelengths are those of "Attention is all you need", for each axis, as MAE starts from.
+    """
+    if dim % 4:
+        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    frequency = 10_000 ** -(torch.arange(dim // 4) / (dim // 4))
+
+    def along(length: int) -> Tensor:
+        phase = torch.arange(length)[:, None] * frequency
+        return torch.cat((phase.sin(), phase.cos()), dim=1)
+
+    by_row, by_column = along(rows), along(columns)
+    return torch.cat((by_row.repeat_interleave(columns, 0), by_column.repeat(rows, 1)), dim=1)
