@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from fasthmr.data.synth.source import SynthConfig, SynthSource
 from torch.utils.data import DataLoader
 
 from datamodules.order import ResumableLoader, TrainOrder, ValidationOrder
@@ -19,6 +18,7 @@ from datamodules.stream import StreamLoader
 from fasthmr.body import load_body
 from fasthmr.data.batch import collate
 from fasthmr.data.shards import ClipStore, ensure_shards
+from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.data.transforms import CROP_SCALE, Augmentation
 
 log = logging.getLogger(__name__)

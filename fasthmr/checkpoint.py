@@ -25,8 +25,6 @@ beside it and are not read into memory here.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import zipfile
 import zlib
@@ -38,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasthmr.files import written_whole
 from fasthmr.models.hmr import HMR, HMRConfig
 
 FORMAT_VERSION = 1
@@ -96,22 +95,19 @@ def save_encoder(path: str | Path, hmr: HMR, body_id: str) -> None:
     # Cloned, so that a tensor that is a view of a larger storage does not drag all of it into the file.
     weights = {name: tensor.detach().cpu().clone() for name, tensor in hmr.state_dict().items()}
     content = {HEADER_KEY: encoder_header(hmr.config, body_id, merge_plan=[], weights_prefix=""), "state_dict": weights}
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain data, atomically; missing folders are made. Raises OSError as `save_encoder` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+    with written_whole(path) as file:
+        torch.save(dict(content), file)
 
 
 def read_header(path: str | Path) -> EncoderHeader:
     """Header of an encoder's checkpoint, without reading its weights. Raises as `load_encoder` does."""
-    return _header(Path(path), _read(Path(path)))
+    return _header(Path(path), read_checkpoint(Path(path)))
 
 
 def load_encoder(path: str | Path) -> HMR:
@@ -125,7 +121,7 @@ def load_encoder(path: str | Path) -> HMR:
             fit its config (the message names them).
     """
     path = Path(path)
-    content = _read(path)
+    content = read_checkpoint(path)
     header = _header(path, content)
     if header.merge_plan:
         raise CheckpointError(f"{path} has merged layers, which this version cannot load: update fasthmr")
@@ -140,8 +136,13 @@ def load_encoder(path: str | Path) -> HMR:
     return hmr.eval()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Top-level dict of a file; its tensors are mapped, not read."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Top-level dict of a file, without executing anything in it; its tensors are mapped, not read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or holds something other than tensors and plain data.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not path.is_file():

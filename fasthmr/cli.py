@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import os
 import re
 import typing
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -80,12 +78,3 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
         flat.update(flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
     return flat
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, never sees half of it."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

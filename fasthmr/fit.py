@@ -41,7 +41,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from fasthmr.cli import FitParser, UsageError, flatten, write_atomically
+from fasthmr.cli import FitParser, UsageError, flatten
+from fasthmr.files import write_text
 from fasthmr.lit.checkpoint_io import AtomicCheckpointIO
 
 DONE_FILE = "done.json"  # written when a stage has finished: its metrics and the config that gave them
@@ -152,7 +153,7 @@ def run_stage(args: Sequence[str], *, resume_if_possible: bool = False) -> Stage
     )
     if cli.trainer.is_global_zero:
         done = {"config": config, "metrics": result.metrics, "checkpoint": result.checkpoint}
-        write_atomically(run_dir / DONE_FILE, json.dumps(done, indent=1, default=str))
+        write_text(run_dir / DONE_FILE, json.dumps(done, indent=1, default=str))
     return result
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fasthmr.conventions import JOINT_INDEX, JOINTS24, PELVIS, SWAP24
+from fasthmr.data.synth import procedural
 from fasthmr.data.synth.joint_limits import LIMITS, joint_angles, limited
 from fasthmr.data.synth.motion import Motion
 from fasthmr.data.synth.procedural import ACTIONS, ProceduralMotion
@@ -159,7 +160,7 @@ def lowest_pelvis(motion: Motion) -> float:
 
 LOOKS_LIKE = {
     "stand": lambda m: pelvis_path(m) < 0.4 and lowest_pelvis(m) > 0.9,
-    "walk": lambda m: 1.0 < pelvis_path(m) < 8.0 and contacts(m)[..., 1].min(1).max() < 0.02,
+    "walk": lambda m: 1.0 < pelvis_path(m) < 12.0 and contacts(m)[..., 1].min(1).max() < 0.02,
     "run": lambda m: pelvis_path(m) > 6.0 and contacts(m)[..., 1].min(1).max() > 0.02,
     "turn": lambda m: np.ptp(heading(m)) > np.radians(90),
     "squat": lambda m: 0.35 < lowest_pelvis(m) < 0.85,
@@ -185,7 +186,6 @@ def test_each_action_looks_like_its_name(action):
 
 
 def test_a_jump_flies_as_gravity_has_it():
-    motion = perform("jump", 0, seconds=0.98, fps=60.0)
     for seed in range(30):
         motion = perform("jump", seed, seconds=0.98, fps=60.0)
         airborne = contacts(motion)[..., 1].min(1) > 0.04
@@ -197,9 +197,15 @@ def test_a_jump_flies_as_gravity_has_it():
     pytest.fail("nobody jumped")
 
 
-def test_standing_arms_hang():
-    hanging = [height_over(perform("walk", seed, seconds=0.9), "wrist", "shoulder").min() < -0.25 for seed in range(30)]
-    assert np.mean(hanging) > 0.6
+def test_arms_hang_unless_they_do_something():
+    """The rest pose is a T: an arm that nobody lowered would be level with its shoulder."""
+    wrist_under_shoulder = []
+    for seed in range(30):
+        at = joints(perform("walk", seed, seconds=0.9))[..., 1]
+        wrist_under_shoulder += [
+            (at[:, JOINT_INDEX[s + "shoulder"]] - at[:, JOINT_INDEX[s + "wrist"]]).max() for s in ("left_", "right_")
+        ]
+    assert np.mean(np.array(wrist_under_shoulder) > 0.3) > 0.7
 
 
 def test_names_tell_the_actions_and_the_fingerprint_tells_sources_apart():
@@ -209,3 +215,13 @@ def test_names_tell_the_actions_and_the_fingerprint_tells_sources_apart():
     assert ProceduralMotion().fingerprint() != ProceduralMotion(("walk",)).fingerprint()
     with pytest.raises(ValueError, match=r"unknown actions \['fly'\]; choose some of stand, walk"):
         ProceduralMotion(("fly",))
+
+
+def test_whoever_changes_the_motions_raises_their_version():
+    """Shards record the fingerprint of what made them, so other motions must not bear the old one.
+
+    If this fails because the library moves differently on purpose: raise `procedural._VERSION` and put the new numbers.
+    """
+    at = np.mean([np.abs(joints(perform(action, 5, seconds=0.5))).mean((0, 1)) for action in ACTIONS], axis=0)
+    assert procedural._VERSION == 1
+    np.testing.assert_allclose(at, [0.1488, 0.8479, 0.1577], atol=1e-3)

@@ -1,5 +1,6 @@
-"""The body: SMPL-format files, shape, pose, skinning."""
+"""The body: SMPL-format files, shape, pose, skinning. `generate.py` makes the free body that comes with the package."""
 
+from fasthmr.body.files import BodyFileError
 from fasthmr.body.smpl import BodyMismatchError, BodyModel, BodyOutput, load_body, require_same_body
 
-__all__ = ["BodyMismatchError", "BodyModel", "BodyOutput", "load_body", "require_same_body"]
+__all__ = ["BodyFileError", "BodyMismatchError", "BodyModel", "BodyOutput", "load_body", "require_same_body"]

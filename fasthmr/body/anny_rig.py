@@ -97,8 +97,8 @@ class AnnyRig:
     def to_t_pose(self, vertices: np.ndarray, heads: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bring shapes from Anny's rest into the T pose.
 
-        By inverse skinning: the result is the mesh that, skinned back to Anny's rest, is Anny's rest exactly. So nothing
-        is lost where weights mix (skinning forwards would collapse the shoulders).
+        By inverse skinning: the result is the mesh that, skinned back to Anny's rest, is Anny's rest exactly. So
+        nothing is lost where weights mix (skinning forwards would collapse the shoulders).
 
         Args:
             vertices: (B,V,3) Anny's rest. heads: (B,K,3). kept: (N,) the vertices wanted.

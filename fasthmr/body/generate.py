@@ -1,7 +1,7 @@
-"""Makes the free body from Anny: `python -m fasthmr.body.generate OUT.npz` (needs `pip install fasthmr[body-generator]`).
+"""Makes the free body from Anny: `python -m fasthmr.body.generate OUT.npz`, after `pip install -e .[body-generator]`.
 
-Anny (Brégier et al. 2025, https://github.com/naver/anny; PyPI `anny`) is a parametric body whose assets are CC0. From it
-this program makes a body in SMPL's format: 24 joints, 10 shapes, skinning weights, none of SMPL's data. The steps:
+Anny (Brégier et al. 2025, https://github.com/naver/anny; PyPI `anny`) is a parametric body whose assets are CC0. From
+it this program makes a body in SMPL's format: 24 joints, 10 shapes, skinning weights, none of SMPL's data. The steps:
 
 1. 600 adults are drawn from Anny's own distribution of ages, heights and weights.
 2. Each is brought into a T pose, with SMPL's 24 joints read off Anny's bones (anny_rig.py).
@@ -22,6 +22,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from scipy.optimize import nnls
 from fasthmr.body.anny_rig import HEADS_OF_JOINT, AnnyRig
 from fasthmr.body.decimate import decimate_symmetric, mirror_pairs
 from fasthmr.conventions import JOINT_INDEX, LEAVES, NUM_BETAS, NUM_JOINTS, PARENTS24, SWAP24
+
+if TYPE_CHECKING:
+    from anny import Anny
 
 #: Fewer than 6,788: smplx's own vertex table for SMPL then fails loudly on this body, where a larger one would silently
 #: give wrong points. Never SMPL's 6,890.
@@ -84,19 +88,18 @@ def generate_free_body() -> dict[str, np.ndarray]:
     }
 
 
-def _load_anny() -> torch.nn.Module:
+def _load_anny() -> Anny:
     try:
         import anny
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "making the free body needs the package `anny`: pip install 'fasthmr[body-generator]'. "
+            "making the free body needs the package `anny`: pip install -e '.[body-generator]'. "
             "Using the body needs no generator: its file is part of this package"
         ) from error
-    model: torch.nn.Module = anny.Anny(rig="anny", topology="anny-notongue")
-    return model
+    return anny.Anny(rig="anny", topology="anny-notongue")
 
 
-def _sample_adults(model: torch.nn.Module) -> dict[str, np.ndarray]:
+def _sample_adults(model: Anny) -> dict[str, np.ndarray]:
     """Phenotypes (PEOPLE,) of people of 18 to 75 years, heights calibrated by Anny on WHO data."""
     from anny.shape_distribution import SimpleShapeDistribution
 

@@ -22,19 +22,26 @@ class BodyMismatchError(ValueError):
 def require_same_body(expected_id: str, got_id: str | None, where: str) -> None:
     """Refuse to mix bodies: betas, joints and errors of different bodies are not comparable.
 
+    The numbers decide, not the file's name: what follows the @ of the two ids.
+
+    Args:
+        expected_id: `BodyModel.id` of the body in use.
+        got_id: the id stored in a checkpoint, shard or table; None where nothing is stored.
+        where: what holds it, for the message, such as a path.
+
     Raises:
         BodyMismatchError: naming both ids.
     """
-    if got_id != expected_id:
+    if got_id is None or got_id.partition("@")[2] != expected_id.partition("@")[2]:
         raise BodyMismatchError(
-            f"{where} belongs to body {got_id!r}, but this run uses body {expected_id!r}: "
-            "use data and checkpoints of one body (the option `body` chooses it)"
+            f"{where} belongs to {'no body' if got_id is None else f'body {got_id!r}'}, but this run uses body "
+            f"{expected_id!r}: use data and checkpoints of one body (the option `body` chooses it)"
         )
 
 
 @dataclass(frozen=True)
 class BodyOutput:
-    """A posed batch: `vertices` (B,V,3), the 24 `joints` (B,24,3) and with the five leaves `joints29` (B,29,3); metres."""
+    """A posed batch in metres: `vertices` (B,V,3), `joints` (B,24,3), and `joints29` (B,29,3) with the five leaves."""
 
     vertices: Tensor
     joints: Tensor
@@ -42,12 +49,16 @@ class BodyOutput:
 
 
 class BodyModel(nn.Module):
-    """A body in SMPL's format: linear shape, 24 joints, linear blend skinning (Loper et al. 2015).
+    """A body in SMPL's format: linear shapes, 24 joints, linear blend skinning (Loper et al. 2015, section 3).
 
-    Convention: rest pose is a T pose, y up, facing +z, left is +x. `rotations` act on column vectors, each relative to its
-    parent. `translation` moves the whole body; the pelvis is then at `rest_joints(betas)[:, 0] + translation`.
+    The rest pose is a T pose: y up, facing +z, left is +x. `rotations` act on column vectors, each relative to its
+    parent. `translation` moves the whole body: the pelvis is at `rest_joints(betas)[:, 0] + translation`. The five
+    leaves (head top, finger tips, toes) are rigid points of their parent joints, where HybrIK has them.
 
-    Buffers are never saved: bodies are licensed to their users, so no checkpoint may contain one. A checkpoint holds `id`.
+    It computes in float32, also under autocast. With torch.set_float32_matmul_precision below "highest", joints on a
+    GPU would be wrong by up to a millimetre.
+
+    Buffers are never saved: bodies are licensed to their users, so no checkpoint may hold one. A checkpoint holds `id`.
 
     Args:
         arrays: what a body file contains, checked.
@@ -63,35 +74,27 @@ class BodyModel(nn.Module):
     _regressor: Tensor
     _rest_template: Tensor
     _rest_dirs: Tensor
-    _parents24: Tensor
-    _parents29: Tensor
 
     def __init__(self, arrays: BodyArrays, name: str) -> None:
         super().__init__()
         self.name = name
         self.id = f"{name}@{_digest(arrays)}"
-        leaves = list(arrays.leaf_vertices)
+        # On the CPU for good: smplx walks the tree with them in Python, and each look would wait for the GPU.
+        self._parents24, self._parents29 = torch.tensor(PARENTS24), torch.tensor(PARENTS29)
+        rest_template, rest_dirs = _rest_joint_basis(arrays)
         buffers = {
-            "faces": torch.from_numpy(arrays.faces),
-            "lbs_weights": torch.from_numpy(arrays.weights),
-            "mirror_index": None if arrays.mirror_index is None else torch.from_numpy(arrays.mirror_index),
-            "_template": torch.from_numpy(arrays.template),
-            "_shape_dirs": torch.from_numpy(arrays.shape_dirs),
-            # smplx wants (207, V*3)
-            "_pose_dirs": torch.from_numpy(np.ascontiguousarray(arrays.pose_dirs.reshape(-1, arrays.pose_dirs.shape[-1]).T)),
-            "_regressor": torch.from_numpy(arrays.joint_regressor),
-            "_parents24": torch.tensor(PARENTS24),
-            "_parents29": torch.tensor(PARENTS29),
+            "faces": arrays.faces,
+            "lbs_weights": arrays.weights,
+            "mirror_index": arrays.mirror_index,
+            "_template": arrays.template,
+            "_shape_dirs": arrays.shape_dirs,
+            "_pose_dirs": _smplx_pose_dirs(arrays.pose_dirs),
+            "_regressor": arrays.joint_regressor,
+            "_rest_template": rest_template,
+            "_rest_dirs": rest_dirs,
         }
-        # The 29 rest joints are linear in betas, so posing joints alone needs no vertices.
-        regressor = arrays.joint_regressor.astype(np.float64)
-        template, dirs = arrays.template.astype(np.float64), arrays.shape_dirs.astype(np.float64)
-        rest = np.concatenate([regressor @ template, template[leaves]])
-        rest_dirs = np.concatenate([np.einsum("jv,vck->jck", regressor, dirs), dirs[leaves]])
-        buffers["_rest_template"] = torch.from_numpy(rest.astype(np.float32))
-        buffers["_rest_dirs"] = torch.from_numpy(rest_dirs.astype(np.float32))
-        for key, value in buffers.items():
-            self.register_buffer(key, value, persistent=False)
+        for key, array in buffers.items():
+            self.register_buffer(key, None if array is None else torch.from_numpy(array), persistent=False)
 
     @property
     def num_vertices(self) -> int:
@@ -99,56 +102,53 @@ class BodyModel(nn.Module):
 
     def rest_vertices(self, betas: Tensor) -> Tensor:
         """Shaped vertices in the rest pose, (B,10) -> (B,V,3) metres."""
-        return self._template + torch.einsum("vck,bk->bvc", self._shape_dirs, betas)
+        with torch.autocast(betas.device.type, enabled=False):
+            return self._template + torch.einsum("vck,bk->bvc", self._shape_dirs, betas.float())
 
     def rest_joints(self, betas: Tensor) -> Tensor:
         """Shaped joints and leaves in the rest pose, (B,10) -> (B,29,3) metres."""
-        return self._rest_template + torch.einsum("jck,bk->bjc", self._rest_dirs, betas)
+        with torch.autocast(betas.device.type, enabled=False):
+            return self._rest_template + torch.einsum("jck,bk->bjc", self._rest_dirs, betas.float())
 
     def joints29(self, rotations: Tensor, betas: Tensor, translation: Tensor | None = None) -> Tensor:
-        """Posed joints without the vertices; the same numbers as `forward(...).joints29`, much cheaper."""
+        """Posed joints and leaves without the vertices: the numbers of `forward(...).joints29`, far cheaper.
+
+        Arguments and errors as for `forward`; returns (B,29,3) metres.
+        """
+        rotations, betas, translation = _checked(rotations, betas, translation)
         with torch.autocast(betas.device.type, enabled=False):
-            rotations, betas = self._checked(rotations, betas)
-            # Leaves are rigid points of their parents: joints of their own that never rotate.
-            still = torch.eye(3, device=betas.device).expand(len(betas), len(PARENTS29) - NUM_JOINTS, 3, 3)
-            everything = torch.cat([rotations, still], dim=1)
-            joints, _ = batch_rigid_transform(everything, self.rest_joints(betas), self._parents29)
-            return joints if translation is None else joints + translation.float()[:, None]
+            # A leaf is a joint of its own that never turns.
+            leaves = torch.eye(3, device=betas.device).expand(len(betas), len(PARENTS29) - NUM_JOINTS, 3, 3)
+            joints, _ = batch_rigid_transform(
+                torch.cat([rotations, leaves], dim=1), self.rest_joints(betas), self._parents29
+            )
+            return joints if translation is None else joints + translation[:, None]
 
     def forward(self, rotations: Tensor, betas: Tensor, translation: Tensor | None = None) -> BodyOutput:
         """Pose the body.
 
         Args:
-            rotations: (B,24,3,3), joint 0 is the root orientation.
+            rotations: (B,24,3,3) rotation matrices; joint 0 is the orientation of the whole body, about the pelvis.
             betas: (B,10).
             translation: (B,3) metres, or None for zero.
 
         Raises:
             ValueError: a shape is wrong.
         """
+        rotations, betas, translation = _checked(rotations, betas, translation)
         with torch.autocast(betas.device.type, enabled=False):
-            rotations, betas = self._checked(rotations, betas)
             vertices, _ = lbs(
                 betas, rotations, self._template[None], self._shape_dirs, self._pose_dirs, self._regressor,
                 self._parents24, self.lbs_weights, pose2rot=False,
             )  # fmt: skip
             if translation is not None:
-                vertices = vertices + translation.float()[:, None]
-            joints29 = self.joints29(rotations, betas, translation)
+                vertices = vertices + translation[:, None]
+        joints29 = self.joints29(rotations, betas, translation)
         return BodyOutput(vertices, joints29[:, :NUM_JOINTS], joints29)
-
-    @staticmethod
-    def _checked(rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
-        if rotations.shape[1:] != (NUM_JOINTS, 3, 3) or betas.shape != (len(rotations), NUM_BETAS):
-            raise ValueError(
-                f"rotations must be (B,{NUM_JOINTS},3,3) and betas (B,{NUM_BETAS}), "
-                f"got {tuple(rotations.shape)} and {tuple(betas.shape)}"
-            )
-        return rotations.float(), betas.float()
 
 
 def load_body(path: str | Path = "free") -> BodyModel:
-    """Load a body: "free" for the one in this package, or an SMPL_*.pkl, SMPL_*.npz or our own .npz file.
+    """Load a body: "free" for the one in this package, or an SMPL_*.pkl, SMPL_*.npz or file of our own generator.
 
     Raises:
         FileNotFoundError: there is no such file; says where to get it and where to put it.
@@ -159,13 +159,49 @@ def load_body(path: str | Path = "free") -> BodyModel:
     return BodyModel(read_body_file(Path(path)), Path(path).stem)
 
 
+def _checked(rotations: Tensor, betas: Tensor, translation: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    batch = len(rotations)
+    if rotations.shape != (batch, NUM_JOINTS, 3, 3) or betas.shape != (batch, NUM_BETAS):
+        raise ValueError(
+            f"rotations must be (B,{NUM_JOINTS},3,3) and betas (B,{NUM_BETAS}) with one B, "
+            f"got {tuple(rotations.shape)} and {tuple(betas.shape)}"
+        )
+    if translation is None:
+        return rotations.float(), betas.float(), None
+    if translation.shape != (batch, 3):
+        raise ValueError(f"translation must be ({batch},3) like the {batch} rotations, got {tuple(translation.shape)}")
+    return rotations.float(), betas.float(), translation.float()
+
+
+def _rest_joint_basis(arrays: BodyArrays) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (29,3) and shapes (29,3,10) of the rest joints: they are linear in betas, so they need no vertices."""
+    regressor, leaves = arrays.joint_regressor.astype(np.float64), arrays.leaf_vertices
+    template, dirs = arrays.template.astype(np.float64), arrays.shape_dirs.astype(np.float64)
+    mean = np.concatenate([regressor @ template, template[leaves]])
+    shapes = np.concatenate([np.einsum("jv,vck->jck", regressor, dirs), dirs[leaves]])
+    return mean.astype(np.float32), shapes.astype(np.float32)
+
+
+def _smplx_pose_dirs(pose_dirs: np.ndarray | None) -> np.ndarray:
+    """smplx's layout (207, V*3). Without any, zeros of one vertex, which smplx's addition broadcasts over all."""
+    if pose_dirs is None:
+        return np.zeros(((NUM_JOINTS - 1) * 9, 3), np.float32)
+    return np.ascontiguousarray(pose_dirs.reshape(-1, pose_dirs.shape[-1]).T)
+
+
 def _digest(arrays: BodyArrays) -> str:
-    """First 16 hex digits of a SHA-256 over everything that moves a vertex, little-endian, in one order."""
+    """First 16 hex digits of a SHA-256 over all that places a vertex, a leaf or a face; little-endian, fixed order."""
     sha = hashlib.sha256()
-    for array, kind in (
-        (arrays.template, "<f4"), (arrays.shape_dirs, "<f4"), (arrays.pose_dirs, "<f4"), (arrays.joint_regressor, "<f4"),
-        (arrays.weights, "<f4"), (arrays.faces, "<i8"), (np.array(arrays.leaf_vertices), "<i8"),
-    ):  # fmt: skip
-        sha.update(str(array.shape).encode())
-        sha.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+    for array, dtype in (
+        (arrays.template, "<f4"),
+        (arrays.shape_dirs, "<f4"),
+        (arrays.pose_dirs, "<f4"),
+        (arrays.joint_regressor, "<f4"),
+        (arrays.weights, "<f4"),
+        (arrays.faces, "<i8"),
+        (arrays.leaf_vertices, "<i8"),
+    ):
+        if array is not None:
+            sha.update(str(array.shape).encode())
+            sha.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
     return sha.hexdigest()[:16]

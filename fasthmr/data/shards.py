@@ -15,7 +15,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from fasthmr.data.codec import encode_clip
 from fasthmr.data.schema import SCHEMA_VERSION, Clip
+from fasthmr.files import write_text, written_whole
 from fasthmr.data.store import INDEX_SUFFIX, MANIFEST, ClipStore, Manifest, ShardError, ShardIndex, index_tar, verify_shards
 
 __all__ = ["ClipSource", "ClipStore", "Manifest", "ShardError", "ensure_shards", "verify_shards", "write_shards"]
@@ -115,28 +115,20 @@ def write_shards(
 
 def _write_shard(source: ClipSource, path: Path, clips: range, on_clip: Any = lambda _: None) -> None:
     """Write one shard under a temporary name, give it its own, then write its index the same way."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                for index in clips:
-                    clip = source.make(index)
-                    for extension, data in encode_clip(clip).items():
-                        member = tarfile.TarInfo(f"{clip.key}.{extension}")  # no times, no owners: bytes depend on clips only
-                        member.size = len(data)
-                        archive.addfile(member, io.BytesIO(data))
-                    on_clip(1)
-            file.flush()
-            os.fsync(file.fileno())
-        index_of_it = index_tar(temporary)
-        temporary.replace(path)
-        _write(path.with_name(path.name + INDEX_SUFFIX), index_of_it.to_json())
+        with written_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for index in clips:
+                clip = source.make(index)
+                for extension, data in encode_clip(clip).items():
+                    member = tarfile.TarInfo(f"{clip.key}.{extension}")  # no times, no owners: bytes depend on clips only
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+                on_clip(1)
+        write_text(path.with_name(path.name + INDEX_SUFFIX), index_tar(path).to_json())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ShardError(f"cannot write {path}: {error.strerror or error}; finished shards are kept, free some space and run again") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise ShardError(
+            f"cannot write {path}: {error.strerror or error}; finished shards are kept, free some space and run again"
+        ) from error
 
 
 def _is_complete(path: Path) -> bool:
@@ -224,13 +216,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ShardError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from fasthmr.metrics.functional import acceleration_error, mpjpe, pa_mpjpe, pve
 from fasthmr.metrics.protocols import Acceleration, Protocol
@@ -96,24 +97,27 @@ class BestConstantError(Metric):
     """
 
     full_state_update = False
-    frames: Tensor
+    coordinates: list[Tensor] | Tensor
 
     def __init__(self, protocol: Protocol, regressor: Tensor | None = None, iterations: int = 50) -> None:
         super().__init__()
         self.protocol = protocol
         self.regressor = regressor
         self.iterations = iterations
-        # A tensor and not a list: a rank without frames must still take part in the gathering.
-        self.add_state("frames", torch.zeros(0, len(protocol.subset), 3), dist_reduce_fx="cat")
+        # Flat, because torchmetrics lets a rank without frames take part in the gathering as a tensor of shape (0,).
+        self.add_state("coordinates", [], dist_reduce_fx="cat")
 
     def update(self, target_joints: Tensor, valid: Tensor, target_vertices: Tensor | None = None) -> None:
         """Add ground truth: joints (B,T,24,3), valid (B,T) bool; vertices (B,T,V,3) where joints are regressed."""
         joints, _ = self.protocol.align(self.protocol.select(target_joints, target_vertices, self.regressor))
-        self.frames = torch.cat([self.frames, joints[valid].float()])
+        assert isinstance(self.coordinates, list)
+        self.coordinates.append(joints[valid].float().flatten())
 
     def compute(self) -> Tensor:
         """Millimetres; NaN without frames."""
-        joints = self.frames
+        if not len(self.coordinates):
+            return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
+        joints = dim_zero_cat(self.coordinates).reshape(-1, len(self.protocol.subset), 3)
         constant = joints.mean(0, keepdim=True)
         for _ in range(self.iterations):
             weight = 1 / (joints - constant).norm(dim=-1, keepdim=True).clamp_min(1e-6)

@@ -52,7 +52,8 @@ class Protocol:
         root_name: the same in words.
         accel: which accelerations count; None where the protocol has none.
         ground_truth: the body of the ground truth, in words; predictions are of the neutral body.
-        average_betas: the predicted shape is averaged over each clip first (FastHMR, Sec. 4.1).
+        average_betas: the predicted shape is averaged over each clip first (FastHMR, Sec. 4.1). The caller does it,
+            before the mesh is made; not done in the single-image evaluations of CameraHMR and HMR2.0.
     """
 
     name: str
@@ -127,9 +128,7 @@ class Protocol:
 
     def describe(self) -> str:
         """One line to print above every table: joints, regressor, root, bodies, shape, accelerations, frames."""
-        joints = f"{len(self.subset)} joints " + (
-            "of the body itself (no regressor)" if self.regressor is None else f"by {self.regressor.name}"
-        )
+        source = "none, the body's own" if self.regressor is None else self.regressor.name
         shape = "averaged over each clip" if self.average_betas else "per frame"
         if self.accel is None:
             accel = "none"
@@ -137,8 +136,9 @@ class Protocol:
             gaps = "removed before differencing" if self.accel.gaps == "remove" else "skipped with their differences"
             accel = f"{'first and last dropped' if self.accel.trim else 'all frames'}, invalid frames {gaps}"
         return (
-            f"{self.name}: {joints}; root: {self.root_name}; ground truth: {self.ground_truth}; "
-            f"predicted shape: {shape}; acceleration: {accel}; frames pooled over sequences"
+            f"{self.name}: {len(self.subset)} joints; regressor: {source}; root: {self.root_name}; "
+            f"ground truth: {self.ground_truth}; predicted shape: {shape}; acceleration: {accel}; "
+            "frames pooled over sequences"
         )
 
 
@@ -155,8 +155,8 @@ SPIN_TO_14 = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 18)
 _BODY_24 = tuple(range(NUM_JOINTS))
 _WHAM_ACCELERATION = Acceleration(trim=True, gaps="remove")
 
-#: by name; `body-24` for any body, `emdb-24` and `3dpw-14` (both WHAM's) for FastHMR's Tab. 1. The three 3DPW roots differ
-#: by up to 9 mm on the same prediction.
+#: by name; `body-24` for any body, `emdb-24` and `3dpw-14` (both WHAM's) for FastHMR's Tab. 1. The three 3DPW roots
+#: differ by up to 9 mm on the same prediction.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -196,6 +196,7 @@ PROTOCOLS = {
             root_name="H36M joint 0",
             accel=None,
             ground_truth="gendered SMPL body",
+            average_betas=False,
         ),
         Protocol(
             "3dpw-14-hmr2",
@@ -205,6 +206,7 @@ PROTOCOLS = {
             root_name="MPII pelvis (39 of the 44 joints)",
             accel=None,
             ground_truth="gendered SMPL body",
+            average_betas=False,
         ),
     )
 }

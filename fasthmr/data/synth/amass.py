@@ -39,6 +39,8 @@ from fasthmr.data.synth.quaternions import (
 )
 from fasthmr.data.synth.skeleton import free_skeleton
 
+Floats = NDArray[np.float32]
+
 #: width of `poses` -> the 24 joints in it that are SMPL's. The hands are their index fingers' first joints, as in
 #: SMPL-H -> SMPL conversions: 22 and 37 there; SMPL-X has jaw and eyes before them.
 _JOINTS_OF_WIDTH = {
@@ -259,7 +261,7 @@ def _shape(archive: zipfile.ZipFile, key: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _read(path: Path) -> tuple[Floats, Floats]:
     """SMPL's 24 joint rotations (N, 24, 3) and the translations (N, 3) of a file, as it has them."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -268,6 +270,10 @@ def _read(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         raise MotionError(f"{path} cannot be read: {error}") from error
     joints = poses.reshape(len(poses), -1, 3)[:, list(_JOINTS_OF_WIDTH[poses.shape[1]])].astype(np.float32)
     trans = trans.astype(np.float32)
+    for key, values in (("poses", joints.reshape(len(joints), -1)), ("trans", trans)):
+        broken = np.flatnonzero(~np.isfinite(values).all(1))
+        if len(broken):
+            raise MotionError(f"{path}: {key} is not finite in row {broken[0]} ({len(broken)} such rows)")
     joints.setflags(write=False)
     trans.setflags(write=False)
     return joints, trans
@@ -277,9 +283,10 @@ def _cut(recording: _Recording, start: float, frames: int, fps: float, yaw: floa
     """`frames` at `fps` from row `start` of a recording, y up, turned by `yaw`, on the floor, around the origin."""
     poses, trans = _read(recording.path)
     step = recording.fps / fps
-    rows = start + step * np.arange(frames)
+    rows = start + step * np.arange(frames, dtype=np.float64)
     context = _FLOOR_CONTEXT_S * recording.fps
-    around = np.arange(max(0.0, rows[0] - context), min(recording.last - recording.first - 1, rows[-1] + context), step)
+    end = min(recording.last - recording.first - 1, rows[-1] + context)
+    around = np.arange(max(0.0, rows[0] - context), end, step, dtype=np.float64)
 
     floor = np.quantile(_lowest(*_resampled(recording, poses, trans, around)), _FLOOR_QUANTILE)
     local, pelvis = _resampled(recording, poses, trans, rows)
@@ -294,7 +301,7 @@ def _cut(recording: _Recording, start: float, frames: int, fps: float, yaw: floa
     )
 
 
-def _resampled(recording: _Recording, poses: Array, trans: Array, rows: Array) -> tuple[Array, Array]:
+def _resampled(recording: _Recording, poses: Floats, trans: Floats, rows: Array) -> tuple[Array, Array]:
     """Local rotations (N, 24, 4) and the pelvis (N, 3) up to a constant, y up, at fractional rows of a recording."""
     first = recording.first + int(np.floor(rows[0]))
     last = min(recording.first + int(np.ceil(rows[-1] + 1e-6)) + 1, recording.last)

@@ -15,7 +15,17 @@ from fasthmr.data.synth.procedural_figure import SPINE, Figure, drift, smoothste
 from fasthmr.data.synth.procedural_gait import run, turn, walk
 from fasthmr.data.synth.procedural_gestures import dance, hold_arm, reach, wave, wave_arm
 from fasthmr.data.synth.procedural_stance import jump, kick, sit, squat, stand
-from fasthmr.data.synth.quaternions import Array, Y, about, multiply, resample, resample_linear, rotate, slerp, to_rotvec
+from fasthmr.data.synth.quaternions import (
+    Array,
+    Y,
+    about,
+    multiply,
+    resample,
+    resample_linear,
+    rotate,
+    slerp,
+    to_rotvec,
+)
 from fasthmr.data.synth.skeleton import SIDES, Skeleton, free_skeleton, joint
 
 Action = Callable[[Figure, Generator], None]
@@ -139,10 +149,10 @@ class ProceduralMotion:
 
 def _vary(figure: Figure, rng: Generator) -> None:
     """Small differences in posture between people and moments, on all joints but the legs' (which hold the floor)."""
-    spread = {name: 3.0 for name in SPINE} | {"neck": 4.0, "head": 4.0}
+    spread = {name: 4.0 for name in SPINE} | {"neck": 8.0, "head": 10.0}
     for side in SIDES:
         prefix = "left_" if side > 0 else "right_"
-        spread |= {prefix + "collar": 3.0, prefix + "shoulder": 4.0, prefix + "foot": 2.0}
+        spread |= {prefix + "collar": 5.0, prefix + "shoulder": 4.0, prefix + "foot": 2.0}
     for name, size in spread.items():
         radians = np.radians(size)
         x, y, z = (rng.normal(0.0, 0.6 * radians) + drift(rng, figure.t, 0.4 * radians) for _ in range(3))

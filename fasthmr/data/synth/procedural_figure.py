@@ -130,8 +130,8 @@ class Figure:
         self,
         side: int,
         forward: Array | float = 0.0,
-        down: Array | float = np.radians(76),
-        bend: Array | float = np.radians(15),
+        down: Array | float = 1.33,
+        bend: Array | float = 0.26,
         twist: Array | float = 0.0,
     ) -> None:
         """An arm that hangs `down` from the T pose and swings `forward`; the elbow bends, the palm turns back."""

@@ -29,7 +29,7 @@ def wave_arm(figure: Figure, rng: Generator, side: int) -> None:
 
 
 def hold_arm(figure: Figure, rng: Generator, side: int) -> None:
-    """Keep one arm somewhere: on the hip, before the chest, at the ear, on the head, out to the side, or talk with it."""
+    """Keep one hand on the hip, chest, ear or head, hold it out, forward or up, or talk with it."""
     t = figure.t
     kind = rng.choice(("hip", "chest", "ear", "head", "out", "front", "talk", "up"))
     centre, elbow = {
@@ -66,10 +66,10 @@ def reach(figure: Figure, rng: Generator) -> None:
     side = int(rng.choice(SIDES))
     azimuth, elevation = degrees(rng, -35, 100), degrees(rng, -65, 75)
     low = max(0.0, -elevation / np.radians(65))
-    sign = side * np.sign(azimuth)
-
     stance = Stance.random(rng, rng.uniform(0.09, 0.2), 0.25, degrees(rng, 3, 15))
-    bow = (0.15 + degrees(rng, 30, 60) * low) * out
+    azimuth *= 1 - 0.5 * low
+    most = 0.15 + degrees(rng, 30, 60) * low
+    bow = most * out
     figure.pelvis(bow, 0.25 * side * azimuth * out, 0.0)
     dip = rng.uniform(0.02, 0.3) * low
     height = figure.skeleton.standing_height - 0.03 - 0.3 * max(stance.x) ** 2 - dip * out
@@ -77,19 +77,21 @@ def reach(figure: Figure, rng: Generator) -> None:
     forward = (0.18 * np.sin(bow) + 0.25 * dip) * out
     figure.legs(height, stance.path(LEFT, 0.0, forward), stance.path(RIGHT, 0.0, forward))
     turned = side * azimuth * 0.35 * out
-    figure.spine(0.05 + 0.8 * bow - 0.15 * np.maximum(elevation, 0) * out, turned, -side * 0.12 * abs(sign) * out)
+    figure.spine(0.05 + 0.8 * bow - 0.15 * np.maximum(elevation, 0) * out, turned, -side * 0.12 * out)
     figure.head(-0.4 * elevation * out - 0.4 * bow, 0.5 * turned + drift(rng, t, 0.1), 0.0)
     relaxed_arms(figure, rng)
     far = rng.uniform(0.7, 1.0)
     arms = [side] if rng.random() < 0.65 else [side, -side]
     for arm in arms:
         across = azimuth * 0.6 if len(arms) == 1 else degrees(rng, -5, 20)
-        level = np.cos(elevation)
-        target = far * np.array((np.sin(across) * level, np.sin(elevation), np.cos(across) * level))
+        # The chest bows with the trunk, and the target is given in its frame.
+        from_chest = min(elevation + 1.4 * most, 1.35)
+        level = np.cos(from_chest)
+        target = far * np.array((np.sin(across) * level, np.sin(from_chest), np.cos(across) * level))
         wrist = target + np.stack([drift(rng, t, 0.05) for _ in range(3)], axis=-1)
         raise_collar = arm * out * (0.12 + 0.2 * max(0.0, float(np.sin(elevation))))
         figure.add(joint("collar", arm), about(Z, raise_collar))
-        elbow = ELBOW_DOWN if elevation > -0.6 else np.array((0.9, -0.2, -0.7))
+        elbow = ELBOW_DOWN if from_chest > -0.6 else np.array((0.9, -0.2, -0.7))
         figure.put_hand(arm, wrist, elbow, out)
 
 

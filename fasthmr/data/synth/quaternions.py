@@ -1,4 +1,4 @@
-"""Unit quaternions (w, x, y, z) in numpy, batched over leading dimensions: what motions are blended and resampled in."""
+"""Unit quaternions (w, x, y, z) in numpy, batched over leading dimensions, to blend and resample motions in."""
 
 from __future__ import annotations
 

@@ -153,9 +153,7 @@ def place_leg(
     return multiply(inverse(pelvis), thigh), bend, multiply(inverse(multiply(thigh, bend)), foot)
 
 
-def place_arm(
-    skeleton: Skeleton, collar: Array, side: int, wrist: Array, elbow_towards: Array
-) -> tuple[Array, Array]:
+def place_arm(skeleton: Skeleton, collar: Array, side: int, wrist: Array, elbow_towards: Array) -> tuple[Array, Array]:
     """Shoulder and elbow rotations (T, 4) that put the wrist at (T, 3), metres from the shoulder in the chest's frame.
 
     `collar` (T, 4) is the collar's rotation in the chest; `elbow_towards` (T, 3) is where the elbow points.
@@ -164,5 +162,3 @@ def place_arm(
     upper, lower = elbow - shoulder, end - elbow
     arm, bend = place_limb(upper, lower, Y, -side, np.array((0.0, 0.0, -1.0)), wrist, elbow_towards)
     return multiply(inverse(collar), arm), bend
-
-
