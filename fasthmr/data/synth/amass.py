@@ -66,15 +66,6 @@ class _Recording:
     fps: float
     y_up: bool
 
-    def frames_at(self, fps: float) -> int:
-        """How many frames at `fps` fit between the first and the last row."""
-        return int(np.floor((self.last - self.first - 1) * fps / self.fps + 1e-6)) + 1
-
-    def starts(self, frames: int, fps: float) -> int:
-        """How many rows a window of `frames` at `fps` can begin at."""
-        span = (frames - 1) * self.fps / fps
-        return max(0, int(np.floor(self.last - self.first - 1 - span + 1e-6)) + 1)
-
 
 class MotionFolder:
     """A `MotionSource` over recorded motions.
@@ -115,6 +106,8 @@ class MotionFolder:
         self._content = digest.hexdigest()
         if not self._recordings:
             raise MotionError(f"{self.path}: all {len(recordings)} clips are shorter than 25 frames at 30 fps")
+        self._rows = np.array([r.last - r.first for r in self._recordings])
+        self._rates = np.array([r.fps for r in self._recordings])
 
     @property
     def name(self) -> str:
@@ -131,7 +124,7 @@ class MotionFolder:
         Raises:
             MotionError: no clip is that long; names the longest.
         """
-        starts = np.array([r.starts(frames, fps) for r in self._recordings])
+        starts = self._starts(frames, fps)
         if not starts.any():
             raise self._nothing_long_enough(frames, fps)
         chosen = rng.integers(starts.sum())
@@ -144,11 +137,12 @@ class MotionFolder:
 
         What is left at a clip's end and does not fill a window is in none.
         """
-        return [(self._recordings[which].name, first) for which, first in self._windows(frames, fps)]
+        counts = self._frames_at(fps) // frames
+        return [(r.name, frames * i) for r, n in zip(self._recordings, counts, strict=True) for i in range(n)]
 
     def num_windows(self, frames: int, fps: float) -> int:
         """Number of `sequences`."""
-        return len(self._windows(frames, fps))
+        return int((self._frames_at(fps) // frames).sum())
 
     def window(self, index: int, frames: int, fps: float, rng: Generator) -> Motion:
         """The window `sequences(frames, fps)[index]`; `rng` only chooses the heading.
@@ -157,13 +151,14 @@ class MotionFolder:
             MotionError: no clip is long enough for one window.
             IndexError: there are fewer windows.
         """
-        windows = self._windows(frames, fps)
-        if not windows:
+        ends = np.cumsum(self._frames_at(fps) // frames)
+        if not ends[-1]:
             raise self._nothing_long_enough(frames, fps)
-        if not 0 <= index < len(windows):
-            raise IndexError(f"{self.path}: window {index} of {len(windows)} windows of {frames} frames at {fps} fps")
-        which, first = windows[index]
+        if not 0 <= index < ends[-1]:
+            raise IndexError(f"{self.path}: window {index} of {ends[-1]} windows of {frames} frames at {fps:g} fps")
+        which = int(np.searchsorted(ends, index, side="right"))
         recording = self._recordings[which]
+        first = frames * (index - int(ends[which - 1] if which else 0))
         return _cut(recording, first * recording.fps / fps, frames, fps, float(rng.uniform(-np.pi, np.pi)))
 
     def fingerprint(self) -> str:
@@ -173,32 +168,35 @@ class MotionFolder:
 
     def describe(self, frames: int | None = None, fps: float = 30.0) -> dict[str, object]:
         """What the folder holds, as JSON values; with `frames`, also how much of it such windows can use."""
-        seconds = [(r.last - r.first) / r.fps for r in self._recordings]
+        seconds = self._rows / self._rates
         about_it: dict[str, object] = {
             "motion": str(self.path),
             "clips": len(self._recordings),
-            "minutes": round(sum(seconds) / 60, 2),
-            "longest_s": round(max(seconds), 2),
+            "minutes": round(float(seconds.sum()) / 60, 2),
+            "longest_s": round(float(seconds.max()), 2),
             "clips_under_25_frames": self._too_short,
             "files_without_motion": self._skipped_files,
         }
         if frames is not None:
-            about_it["usable_clips"] = sum(r.starts(frames, fps) > 0 for r in self._recordings)
+            about_it["usable_clips"] = int((self._starts(frames, fps) > 0).sum())
             about_it["windows"] = self.num_windows(frames, fps)
         return about_it
 
-    def _windows(self, frames: int, fps: float) -> list[tuple[int, int]]:
-        return [
-            (which, first)
-            for which, recording in enumerate(self._recordings)
-            for first in range(0, recording.frames_at(fps) - frames + 1, frames)
-        ]
+    def _frames_at(self, fps: float) -> NDArray[np.int64]:
+        """How many frames at `fps` fit between the first and the last row of each clip."""
+        return np.floor((self._rows - 1) * fps / self._rates + 1e-6).astype(np.int64) + 1
+
+    def _starts(self, frames: int, fps: float) -> NDArray[np.int64]:
+        """How many rows of each clip a window of `frames` at `fps` can begin at."""
+        span = (frames - 1) * self._rates / fps
+        return np.maximum(0, np.floor(self._rows - 1 - span + 1e-6).astype(np.int64) + 1)
 
     def _nothing_long_enough(self, frames: int, fps: float) -> MotionError:
-        longest = max(self._recordings, key=lambda r: r.frames_at(fps))
+        lengths = self._frames_at(fps)
+        longest = int(lengths.argmax())
         return MotionError(
-            f"{self.path}: no clip is long enough for {frames} frames at {fps:g} fps; the longest, {longest.name!r}, "
-            f"has {longest.frames_at(fps)}. Ask for fewer frames or add longer clips."
+            f"{self.path}: no clip is long enough for {frames} frames at {fps:g} fps; the longest, "
+            f"{self._recordings[longest].name!r}, has {lengths[longest]}. Ask for fewer frames or add longer clips."
         )
 
 

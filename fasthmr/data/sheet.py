@@ -1,0 +1,49 @@
+"""A contact sheet: what a set of clips looks like, with masks and joints drawn in, so that labels can be seen to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT, PARENTS29
+from fasthmr.data.schema import Clip
+from fasthmr.geometry.boxes import apply_affine
+
+_GREEN, _RED, _YELLOW, _WHITE, _BLACK = (60, 230, 60), (240, 60, 60), (255, 220, 0), (255, 255, 255), (0, 0, 0)
+
+
+def contact_sheet(clips: Sequence[Clip], columns: int = 6, tile_px: int = 256) -> np.ndarray:
+    """One row a clip, `columns` frames spread over it: (rows*tile_px, columns*tile_px, 3) uint8 RGB.
+
+    The tracked person's mask is outlined in green, other people's in red; joints are drawn in yellow where they are
+    labelled and lie in the image.
+    """
+    rows = [np.concatenate([_tile(clip, int(f), tile_px) for f in np.linspace(0, len(clip) - 1, columns)], 1) for clip in clips]
+    for row, clip in zip(rows, clips, strict=True):
+        text = f"{clip.key}  {clip.source}"
+        for color, width in ((_BLACK, 3), (_WHITE, 1)):
+            cv2.putText(row, text, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, width, cv2.LINE_AA)
+    return np.concatenate(rows, 0)
+
+
+def _tile(clip: Clip, frame: int, tile_px: int) -> np.ndarray:
+    image = clip.frames.decode(frame).copy()
+    mask = clip.masks.decode(frame)
+    for label, color in ((MASK_OTHER, _RED), (MASK_SUBJECT, _GREEN)):
+        outlines, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(image, outlines, -1, color, 1)
+    points = apply_affine(clip.crop_from_image[frame], clip.joints2d[frame, :, :2])
+    seen = clip.joints2d[frame, :, 2] > 0
+    for joint, parent in enumerate(PARENTS29):
+        if seen[joint]:
+            at = _pixel(points[joint])
+            cv2.circle(image, at, 3, _YELLOW, -1, cv2.LINE_AA)
+            if parent >= 0 and seen[parent]:
+                cv2.line(image, at, _pixel(points[parent]), _YELLOW, 1, cv2.LINE_AA)
+    return cv2.resize(image, (tile_px, tile_px), interpolation=cv2.INTER_AREA)
+
+
+def _pixel(point: np.ndarray) -> tuple[int, int]:
+    return int(round(float(point[0]))), int(round(float(point[1])))
