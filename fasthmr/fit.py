@@ -69,7 +69,7 @@ class SaveResolvedConfig(SaveConfigCallback):
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI without subcommands, with the three keys of our own."""
+    """LightningCLI without subcommands, with a few top-level keys of our own."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -96,6 +96,12 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="where everything of this run is written")
+        # Keys that the files in conf/ pass on with ${...}:
+        parser.add_argument("--data_dir", type=str, default="data/synth", help="where shards are, or are made")
+        parser.add_argument("--motion", type=str, default="procedural", help="who moves how in made training clips: "
+                            "procedural, or an AMASS-format folder or pack")  # fmt: skip
+        parser.add_argument("--motion_val", type=str, default="procedural", help="the same for validation clips")
+        parser.add_argument("--backgrounds", type=str, default="procedural", help="procedural, or a folder of photographs")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from, or `last`")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
