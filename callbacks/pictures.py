@@ -20,10 +20,10 @@ TRUTH_COLOR = (0.60, 0.85, 0.60)
 
 
 class Pictures(L.Callback):
-    """After each validation, one strip per fixed sample: input crop, prediction, ground truth, prediction from the side.
+    """After each validation, one strip per fixed sample: input, prediction, truth, and both from the side.
 
-    The samples are the middle frames of the first clips of the validation set, which never change, so that TensorBoard's
-    slider shows the same person getting better.
+    The samples are the middle frames of the first clips of the validation set, which never change: TensorBoard's slider
+    shows the same person getting better.
 
     Args:
         samples: how many.
@@ -48,7 +48,7 @@ class Pictures(L.Callback):
         if not trainer.is_global_zero:
             return
         for clip in range(min(len(batch.keys), self.samples - len(self._strips))):
-            self._strips.append(draw_strip(pl_module.body, batch, outputs, clip))
+            self._strips.append(draw_strip(pl_module.body, batch, HMROutput(**outputs), clip))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
@@ -74,7 +74,10 @@ def draw_strip(body: Any, batch: ClipBatch, output: HMROutput, clip: int) -> np.
         shift = crop_camera_translation(output.camera[row : row + 1].float(), CROP_FOCAL_PX, CROP_PX)
         truth = body(batch.rotations[clip, frame : frame + 1], batch.betas[clip : clip + 1])
     vertices = predicted.vertices[0]
-    panels = [image, overlay_mesh(image, (vertices + shift[0]).cpu().numpy(), faces, CROP_FOCAL_PX, centre, PREDICTION_COLOR)]
+    panels = [
+        image,
+        overlay_mesh(image, (vertices + shift[0]).cpu().numpy(), faces, CROP_FOCAL_PX, centre, PREDICTION_COLOR),
+    ]
 
     if bool(batch.has_pose[clip]):
         scale = CROP_PX / float(batch.box_size[clip, frame])

@@ -128,4 +128,4 @@ class StreamLoader:
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # or each epoch would advance torch's global generator
         )
-        return iter(loader)
+        yield from loader

@@ -1,29 +1,28 @@
 """How fast this machine renders, reads and trains: `python -m fasthmr.benchmark [--seconds 10]`.
 
-Prints frames/s of the synthetic renderer (one core), of reading shards into network inputs (one core), and of a training
-step of the tiny encoder (all cores), and the share of its time that training waits for data.
+Prints frames/s of the synthetic renderer (one core), of reading shards into network inputs (one core), and of training
+steps of the tiny encoder (all cores), and the share of its time that training waits for data.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from datamodules.clips import ClipDataModule
 from fasthmr.body import load_body
+from fasthmr.data.batch import ClipBatch
 from fasthmr.data.shards import write_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
-from fasthmr.lit.encoder import MergedEncoderModule, subject_mask
+from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.models.hmr import HMRConfig
 
@@ -37,47 +36,77 @@ def per_second(work: Callable[[], int], seconds: float) -> float:
     return frames / elapsed
 
 
+def render_rate(seconds: float) -> float:
+    """Frames/s of filming and encoding synthetic clips, on one core."""
+    source = SynthSource(SynthConfig(clips=10_000, frames=27), load_body())
+    numbers = itertools.count()
+    return per_second(lambda: len(source.make(next(numbers))), seconds)
+
+
+def open_data(folder: str, workers: int) -> ClipDataModule:
+    """The shards of `folder` as training sees them: 8 frames from each of 4 clips, augmented."""
+    data = ClipDataModule(train=folder, val=folder, batch_size=4, frames_per_clip=8, workers=workers)
+    data.setup("fit")
+    return data
+
+
+def forever(data: ClipDataModule) -> Iterator[ClipBatch]:
+    """Training batches, pass after pass."""
+    while True:
+        yield from data.train_dataloader()
+
+
+def step_and_wait(folder: str, seconds: float, device: str) -> tuple[float, float]:
+    """Frames/s of training steps of the tiny encoder on one batch, and the share of its time that training with one
+    loader process waits for data."""
+    module = MergedEncoderModule(HMRConfig.tiny(), ema_decay=None).to(device)
+    optimizer, _ = build_optimizer(module.net, OptimizerConfig(), total_steps=1_000_000)
+
+    def step(batch: ClipBatch) -> int:
+        with torch.autocast(device, torch.bfloat16):
+            loss = module.loss(batch)["total"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        return batch.valid.numel()
+
+    batches = forever(open_data(folder, workers=1))
+    batch = next(batches).to(device)
+    rate = per_second(lambda: step(batch), seconds)
+    waited, start = 0.0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        asked = time.perf_counter()
+        batch = next(batches).to(device)
+        waited += time.perf_counter() - asked
+        step(batch)
+    return rate, waited / (time.perf_counter() - start)
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m fasthmr.benchmark", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each measurement")
     seconds = parser.parse_args().seconds
-    threads = torch.get_num_threads()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    body = load_body()
-    rows: list[tuple[str, float, str]] = []
-
-    torch.set_num_threads(1)
-    source = SynthSource(SynthConfig(clips=1000, frames=27, seed=0), body)
-    clips = iter(range(1000))
-    rows.append(("render and encode a clip", per_second(lambda: len(source.make(next(clips)).frames), seconds), "1 core"))
-
+    threads, device = torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu"
+    table = Table(title="frames/s")
+    for name in ("what", "value", "on"):
+        table.add_column(name)
     with tempfile.TemporaryDirectory() as folder:
-        print("making 8 clips to read ...", file=sys.stderr)
-        write_shards(SynthSource(SynthConfig(clips=8, frames=81, seed=0), body), Path(folder), progress=False)
-        data = ClipDataModule(train=folder, val=folder, batch_size=4, frames_per_clip=8, val_frames=27, workers=0)
-        data.setup("fit")
-        batches = forever(data)
-        rows.append(("read, decode and augment", per_second(lambda: next(batches).valid.numel(), seconds), "1 core"))
-
+        torch.set_num_threads(1)
+        table.add_row("render and encode clips (384 px crops)", f"{render_rate(seconds):.0f}", "1 core")
+        write_shards(SynthSource(SynthConfig(clips=8), load_body()), folder)
+        batches = forever(open_data(folder, workers=0))
+        reading = per_second(lambda: next(batches).valid.numel(), seconds)
+        table.add_row("read, decode and augment", f"{reading:.0f}", "1 core")
         torch.set_num_threads(threads)
-        module = MergedEncoderModule(HMRConfig.tiny(), ema_decay=None).to(device)
-        optimizer, _ = build_optimizer(module.net, OptimizerConfig(), 1000)
-        batch = next(batches).to(device)
-        waited = [0.0, 0.0]
-
-        def step(batch=batch) -> int:  # type: ignore[no-untyped-def]
-            with torch.autocast(device, torch.bfloat16):
-                output = module.net(batch.network_input(), person_mask=subject_mask(batch))
-                loss = module._losses(output, batch)["total"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return batch.valid.numel() if torch.isfinite(loss) else 0  # the check waits for the device
-
-        rows.append(("train step, tiny encoder, bf16", per_second(step, seconds), f"{threads} threads, {device}"))
-
-        loader = iter(ClipDataModule(
-            train=folder, val=folder, batch_size=4, frames_per_clip=8, val_frames=27, workers=1
-        ).train_dataloader())
+        step, waiting = step_and_wait(folder, seconds, device)
+        table.add_row("training step, tiny encoder, bf16", f"{step:.0f}", f"{device}, {threads} threads")
+        table.add_row("share of time that training waits for data", f"{waiting:.1%}", "1 loader process")
+        table.add_row("loader / step", f"{reading / step:.1f} x", "")
+    Console().print(table)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

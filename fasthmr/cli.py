@@ -45,7 +45,7 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
 
 def valid_keys(parser: LightningArgumentParser) -> set[str]:
     """Last parts of the keys that a config may have, those of the classes it has named so far included."""
-    keys = {key.rpartition(".")[2] for key in parser.get_defaults().keys()}
+    keys = {key.rpartition(".")[2] for key in vars(parser.get_defaults().as_flat())}
     for base in (L.LightningModule, L.LightningDataModule, L.Callback):
         for cls in _subclasses(base):
             if cls.__module__.partition(".")[0] in ("fasthmr", "datamodules", "callbacks"):
@@ -54,17 +54,16 @@ def valid_keys(parser: LightningArgumentParser) -> set[str]:
 
 
 def _subclasses(cls: type) -> set[type]:
-    return {sub for direct in cls.__subclasses__() for sub in {direct, *_subclasses(direct)}}
+    direct: set[type] = set(cls.__subclasses__())
+    return direct.union(*map(_subclasses, direct))
 
 
 def _parameters(cls: type) -> set[str]:
     """Names of the constructor's parameters, and of those of dataclasses among their types."""
     names: set[str] = set()
-    for name, hint in typing.get_type_hints(cls.__init__).items():
-        if name == "return":
-            continue
+    for name, parameter in inspect.signature(cls, eval_str=True).parameters.items():
         names.add(name)
-        for option in (hint, *typing.get_args(hint)):
+        for option in (parameter.annotation, *typing.get_args(parameter.annotation)):
             if inspect.isclass(option) and dataclasses.is_dataclass(option):
                 names |= _parameters(option)
     return names
@@ -77,4 +76,3 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat.update(flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
     return flat
-

@@ -13,8 +13,8 @@ from typing import BinaryIO
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the name `path` when the block ends well; until then, or if it fails, `path` is untouched.
 
-    It is written beside `path` (a rename must not cross disks) and flushed to the disk before the rename, so that neither
-    a kill nor a power cut leaves half of it under its name.
+    It is written beside `path` (a rename must not cross disks) and flushed to the disk before the rename, so that
+    neither a kill nor a power cut leaves half of it under its name.
 
     Raises:
         OSError: it cannot be written; nothing half-written stays.

@@ -101,14 +101,16 @@ class FitCLI(LightningCLI):
         parser.add_argument("--motion", type=str, default="procedural", help="who moves how in made training clips: "
                             "procedural, or an AMASS-format folder or pack")  # fmt: skip
         parser.add_argument("--motion_val", type=str, default="procedural", help="the same for validation clips")
-        parser.add_argument("--backgrounds", type=str, default="procedural", help="procedural, or a folder of photographs")
+        parser.add_argument(
+            "--backgrounds", type=str, default="procedural", help="procedural, or a folder of photographs"
+        )
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from, or `last`")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
 
-# ---- one stage --------------------------------------------------------------------------------------------------------
+# ---- one stage -----------------------------------------------------------------------------------
 
 
 def run_stage(args: Sequence[str], *, resume_if_possible: bool = False) -> StageResult:
@@ -186,7 +188,7 @@ def _finished(run_dir: Path, config: dict[str, Any]) -> StageResult | None:
     return StageResult(run_dir, done["metrics"], done["checkpoint"], skipped=True)
 
 
-# ---- a recipe ---------------------------------------------------------------------------------------------------------
+# ---- a recipe ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,9 @@ def load_recipe(files: Sequence[str], rest: Sequence[str]) -> Recipe | None:
         if argument.startswith("--"):
             stage, _, key = argument[2:].partition(".")
             if stage not in stages or not key:
-                raise UsageError(f"unknown option {argument}; a recipe's keys start with a stage: --{next(iter(stages))}.KEY")
+                raise UsageError(
+                    f"unknown option {argument}; a recipe's keys start with a stage: --{next(iter(stages))}.KEY"
+                )
             current = stages[stage]
             current.append(f"--{key}")
         elif current is None:
@@ -259,7 +263,7 @@ def _as_argument(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def fit(argv: Sequence[str]) -> dict[str, StageResult]:

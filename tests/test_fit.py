@@ -25,7 +25,13 @@ TINY_NET = [
         vit_dim=32, vit_depth=2, vit_heads=2, head_dim=32, head_depth=1, head_heads=2, head_dim_head=16, head_mlp_dim=32
     ).items()
 ]
-QUICK = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.enable_progress_bar=false"]
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.enable_progress_bar=false",
+]
 
 
 def tiny_data(shards: Path) -> list[str]:
@@ -33,20 +39,27 @@ def tiny_data(shards: Path) -> list[str]:
         f"--data.init_args.train={shards}", f"--data.init_args.val={shards}",
         "--data.init_args.make_train=null", "--data.init_args.make_val=null",
         "--data.init_args.batch_size=2", "--data.init_args.frames_per_clip=2",
-        "--data.init_args.val_frames=8", "--data.init_args.workers=0", "--data.init_args.streaming=false",
+        "--data.init_args.val_frames=8", "--data.init_args.workers=0",
     ]  # fmt: skip
 
 
 def run_fit(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.run(
-        [sys.executable, "-m", "fasthmr.fit", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, **kwargs
+        [sys.executable, "-m", "fasthmr.fit", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        **kwargs,
     )
 
 
 @pytest.mark.parametrize("config", ONE_STAGE, ids=lambda p: p.name)
 def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_path):
-    steps = ["--trainer.max_epochs=1", "--trainer.max_steps=2", "--trainer.limit_val_batches=1"]
+    steps = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"]
+    if "streaming: true" in config.read_text():
+        steps.append("--data.init_args.clips_per_epoch=6")
     done = run_fit("-c", str(config), *TINY_NET, *QUICK, *tiny_data(tiny_shards), *steps, "--run_dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "val/mpjpe_mm" in done.stdout and "tensorboard --logdir" in done.stdout
@@ -106,16 +119,32 @@ def test_a_killed_run_resumes_bit_for_bit(workers, tiny_shards, tmp_path):
     checkpoints = tmp_path / "every_step.yaml"
     save = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": "${run_dir}/checkpoints", "every_n_train_steps": 1, "save_top_k": 1, "save_last": True},
+        "init_args": {
+            "dirpath": "${run_dir}/checkpoints",
+            "every_n_train_steps": 1,
+            "save_top_k": 1,
+            "save_last": True,
+        },
     }
     checkpoints.write_text(yaml.safe_dump({"trainer": {"callbacks": [save]}}))
     kill = tmp_path / "kill.yaml"
-    kill.write_text(yaml.safe_dump({"trainer": {"callbacks+": {"class_path": "helpers.kill.KillAtStep", "init_args": {"step": 8}}}}))
+    kill.write_text(
+        yaml.safe_dump({"trainer": {"callbacks+": {"class_path": "helpers.kill.KillAtStep", "init_args": {"step": 8}}}})
+    )
 
     def run(run_dir: str, *more: str) -> subprocess.CompletedProcess:
         steps = ["--trainer.max_epochs=4", "--trainer.limit_val_batches=1"]  # 3 steps an epoch: step 8 is in mid-epoch
-        arguments = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), f"--data.init_args.workers={workers}", *steps, f"--run_dir={run_dir}"]
-        return run_fit("-c", str(ROOT / "conf/encoder_tiny.yaml"), "-c", str(checkpoints), *more, *arguments, cwd=tmp_path)
+        arguments = [
+            *TINY_NET,
+            *QUICK,
+            *tiny_data(tiny_shards),
+            f"--data.init_args.workers={workers}",
+            *steps,
+            f"--run_dir={run_dir}",
+        ]
+        return run_fit(
+            "-c", str(ROOT / "conf/encoder_tiny.yaml"), "-c", str(checkpoints), *more, *arguments, cwd=tmp_path
+        )
 
     assert run("whole").returncode == 0
     assert run("killed", "-c", str(kill)).returncode == -signal.SIGKILL
@@ -134,17 +163,31 @@ def test_a_killed_run_resumes_bit_for_bit(workers, tiny_shards, tmp_path):
 
 
 def test_resume_refuses_a_checkpoint_of_another_config(tiny_shards, tmp_path):
-    common = [*QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=1", "--trainer.limit_val_batches=1", "--run_dir=run"]
+    common = [
+        *QUICK,
+        *tiny_data(tiny_shards),
+        "--trainer.max_epochs=1",
+        "--trainer.limit_val_batches=1",
+        "--run_dir=run",
+    ]
     config = str(ROOT / "conf/encoder_tiny.yaml")
     assert run_fit("-c", config, *TINY_NET, *common, cwd=tmp_path).returncode == 0
     before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
-    wider = run_fit("-c", config, *TINY_NET, "--model.init_args.net.vit_dim=64", *common, "--ckpt_path=last", cwd=tmp_path)
+    wider = run_fit(
+        "-c", config, *TINY_NET, "--model.init_args.net.vit_dim=64", *common, "--ckpt_path=last", cwd=tmp_path
+    )
     assert wider.returncode == 2 and "another encoder (vit_dim: 32 -> 64)" in wider.stderr
     assert (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_clips(tiny_shards, tmp_path):
-    arguments = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=1", "--model.init_args.loss.joints3d=.inf"]
+    arguments = [
+        *TINY_NET,
+        *QUICK,
+        *tiny_data(tiny_shards),
+        "--trainer.max_epochs=1",
+        "--model.init_args.loss.joints3d=.inf",
+    ]
     done = run_fit("-c", str(ROOT / "conf/encoder_tiny.yaml"), *arguments, cwd=tmp_path)
     assert done.returncode != 0
     assert "not finite at step 0" in done.stderr and "clips: " in done.stderr

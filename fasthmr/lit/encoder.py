@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import encoder_header, load_encoder
-from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, MASK_SUBJECT, NUM_JOINTS
+from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, MASK_SUBJECT
 from fasthmr.data.batch import ClipBatch
 from fasthmr.geometry.cameras import crop_camera_translation, project
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
@@ -87,21 +88,21 @@ class MergedEncoderModule(L.LightningModule):
         return self.best_net(batch.network_input(), person_mask=subject_mask(batch))
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
-        output = self.net(batch.network_input(), person_mask=subject_mask(batch))
-        parts = self._losses(output, batch)
+        parts = self.loss(batch)
         loss = parts["total"]
         # Checked before the backward pass, so that neither weights nor checkpoints ever hold the NaN.
         if not torch.isfinite(loss):
             values = ", ".join(f"{k}={float(v):g}" for k, v in parts.items())
             raise NonFiniteLossError(
                 f"the loss is not finite at step {self.global_step}: {values}; clips: {', '.join(batch.keys)}. "
-                "Look at these clips with `python -m fasthmr.shard inspect`, or lower optimizer.lr."
+                "Look at these clips with `python -m fasthmr.shard inspect --show`, or lower optimizer.lr."
             )
         self.log_dict({f"train/loss_{k}": v.detach() for k, v in parts.items()}, batch_size=len(batch.keys))
         return loss
 
-    def validation_step(self, batch: ClipBatch, batch_idx: int) -> HMROutput:
-        output = self(batch)
+    def validation_step(self, batch: ClipBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the metrics; returns the fields of its `HMROutput` for callbacks."""
+        output: HMROutput = self(batch)
         clips, frames = batch.valid.shape
         predicted = self.body(output.rotations, self._clip_betas(output.betas, clips, frames))
         target = self.body(batch.rotations.flatten(0, 1), batch.betas.repeat_interleave(frames, 0))
@@ -115,7 +116,7 @@ class MergedEncoderModule(L.LightningModule):
             fps=batch.fps,
         )
         self.constant_error.update(target.joints.unflatten(0, shape), batch.valid & batch.has_pose[:, None])
-        return output
+        return output._asdict()
 
     def on_validation_epoch_end(self) -> None:
         # Logged here and not in the step: a rank whose share of the validation set is empty must log the same keys.
@@ -125,8 +126,9 @@ class MergedEncoderModule(L.LightningModule):
         self.constant_error.reset()
         self.log_dict({k: v.to(self.device, torch.float32) for k, v in values.items()}, rank_zero_only=False)
 
-    def _losses(self, output: HMROutput, batch: ClipBatch) -> dict[str, Tensor]:
-        """Loss parts and their weighted sum "total"; predictions (B*T, ...) against the batch's labels."""
+    def loss(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Loss parts of the training weights on a batch, and their weighted sum "total"; scalars."""
+        output: HMROutput = self.net(batch.network_input(), person_mask=subject_mask(batch))
         frames = batch.valid.shape[1]
         joints = self.body.joints29(output.rotations, output.betas)
         with torch.autocast(joints.device.type, enabled=False):
@@ -162,7 +164,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
         # Lightning does not save RNG states: dropout depends on the batch's number instead, which it does save.
-        position = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        position = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
         torch.manual_seed(hash((self.seed, position, self.global_rank)) % 2**63)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -187,7 +189,9 @@ class MergedEncoderModule(L.LightningModule):
             raise ValueError("the checkpoint was not written by fasthmr: it has no 'fasthmr' header")
         require_same_body(self.body.id, header["body"], where="the checkpoint")
         ours, theirs = encoder_header(self.net.config, self.body.id, self.merge_plan, "")["config"], header["config"]
-        changed = [f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
+        changed = [
+            f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)
+        ]
         if changed:
             raise ValueError(
                 f"the checkpoint is of another encoder ({'; '.join(changed)}): resume with its own config, "
@@ -203,9 +207,9 @@ def subject_mask(batch: ClipBatch) -> Tensor:
 def _averaged(net: nn.Module, decay: float) -> AveragedModel:
     """Moving average of `net` with a short memory at the start, so that the random first weights are forgotten."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         weight = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averaged, current, weight)
+        torch._foreach_lerp_(tuple(averaged), tuple(current), weight)
 
     model = AveragedModel(net, multi_avg_fn=update)
     model.requires_grad_(False)
