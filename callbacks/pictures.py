@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX
 from fasthmr.data.batch import ClipBatch
+from fasthmr.files import write_png
 from fasthmr.geometry.cameras import crop_camera_translation
 from fasthmr.models.hmr import HMROutput
 from fasthmr.render.overlay import overlay_mesh, side_view
@@ -23,7 +25,7 @@ class Pictures(L.Callback):
     """After each validation, one strip per fixed sample: input, prediction, truth, and both from the side.
 
     The samples are the middle frames of the first clips of the validation set, which never change: TensorBoard's slider
-    shows the same person getting better.
+    shows the same person getting better. All strips together are also written to `<default_root_dir>/pictures`.
 
     Args:
         samples: how many.
@@ -51,8 +53,13 @@ class Pictures(L.Callback):
             self._strips.append(draw_strip(pl_module.body, batch, HMROutput(**outputs), clip))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._strips:  # on all ranks but the first
+            return
+        file = Path(trainer.default_root_dir) / "pictures" / f"step{trainer.global_step:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_png(file, np.concatenate(self._strips, axis=0))
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if isinstance(logger, TensorBoardLogger):
                 for number, strip in enumerate(self._strips):
                     logger.experiment.add_image(f"samples/{number}", strip, trainer.global_step, dataformats="HWC")
 

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import cv2
+import numpy as np
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
@@ -34,3 +37,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with written_whole(path) as file:
         file.write(text.encode())
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write an (H,W,3) uint8 RGB picture whole or not at all."""
+    with written_whole(path) as file:
+        file.write(cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fasthmr.conventions import PELVIS
+from fasthmr.geometry.boxes import TokenGrid
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class LossWeights:
     207, 10), HMR2.0's proportions are joints3d 6.6, joints2d 0.88, root 0.009, rotations 0.207, betas 0.005. The
     defaults weigh root, rotations and 2D joints more: they are for training from scratch, where the root orientation
     must be learnt first.
+
+    `token_joints` is not HMR2.0's. HMR2.0 starts from a ViT that has learnt to find key points (ViTPose); without such
+    weights, `token_joint_loss` teaches the tokens the same on the way. 0 leaves it out.
     """
 
     rotations: float = 1.0
@@ -29,6 +34,7 @@ class LossWeights:
     betas: float = 0.005
     joints3d: float = 5.0
     joints2d: float = 5.0
+    token_joints: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -112,6 +118,25 @@ def hmr_losses(
     }
     total = torch.stack([getattr(weights, name) * value for name, value in parts.items()]).sum()
     return parts | {"total": total}
+
+
+def token_joint_loss(logits: Tensor, joints2d: Tensor, valid: Tensor, grid: TokenGrid) -> Tensor:
+    """Cross-entropy of "which token holds this joint", averaged over the joints that lie on a token; 0 without any.
+
+    Args:
+        logits: (N,tokens,J), row-major over the grid.
+        joints2d: (N,J,3) crop-normalised to [-0.5,0.5], and confidence.
+        valid: (N,) bool.
+        grid: where the tokens lie in the crop.
+    """
+    position = torch.nan_to_num(joints2d[..., :2], nan=-1.0) + 0.5
+    columns = torch.floor((position[..., 0] * grid.crop_px - grid.left_px) / grid.patch_px).long()
+    rows = torch.floor((position[..., 1] * grid.crop_px - grid.top_px) / grid.patch_px).long()
+    on_grid = (columns >= 0) & (columns < grid.columns) & (rows >= 0) & (rows < grid.rows)
+    counts = on_grid & (joints2d[..., 2] > 0) & valid[:, None]
+    token = torch.where(counts, rows * grid.columns + columns, 0)
+    loss = F.cross_entropy(logits.float(), token, reduction="none")
+    return (loss * counts).sum() / counts.sum().clamp_min(1)
 
 
 def _mean_where(error: Tensor, weight: Tensor, penalty: Callable[[Tensor], Tensor]) -> Tensor:

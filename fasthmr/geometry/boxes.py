@@ -6,6 +6,8 @@ matrix: crop_px = A[:, :2] @ image_px + A[:, 2]. All is NumPy in float64 and bat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -92,3 +94,16 @@ def apply_affine(a_from_b: ArrayLike, points: ArrayLike) -> Array:
     """Points of b in the pixels of a: affine (..., 2, 3), points (..., N, 2) -> (..., N, 2)."""
     affine, xy = np.asarray(a_from_b, np.float64), np.asarray(points, np.float64)
     return xy @ np.swapaxes(affine[..., :2], -1, -2) + affine[..., None, :, 2]
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Where image tokens lie in a square crop: `rows` x `columns` patches of `patch_px`, the first one's corner at
+    (`left_px`, `top_px`)."""
+
+    rows: int
+    columns: int
+    patch_px: int
+    left_px: int
+    top_px: int
+    crop_px: int

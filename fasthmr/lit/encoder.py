@@ -14,13 +14,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import encoder_header, load_encoder
-from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, MASK_SUBJECT
+from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, JOINTS29, MASK_SUBJECT
 from fasthmr.data.batch import ClipBatch
 from fasthmr.geometry.cameras import crop_camera_translation, project
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
-from fasthmr.losses import HMRTarget, LossWeights, hmr_losses
+from fasthmr.losses import HMRTarget, LossWeights, hmr_losses, token_joint_loss
 from fasthmr.metrics import PROTOCOLS, BestConstantError, PoseErrors
-from fasthmr.models.hmr import HMR, HMRConfig, HMROutput
+from fasthmr.models.hmr import HMR, TOKEN_GRID, HMRConfig, HMROutput
 
 
 class NonFiniteLossError(RuntimeError):
@@ -67,6 +67,8 @@ class MergedEncoderModule(L.LightningModule):
         self.net = HMR(net)
         if init_from is not None:
             self.net.load_state_dict(load_encoder(init_from).state_dict())
+        # In training only: what is saved for use is `net`, HMR2.0's architecture and nothing else.
+        self.token_joints = nn.Linear(net.vit_dim, len(JOINTS29)) if loss.token_joints > 0 else None
         self.ema = _averaged(self.net, ema_decay) if ema_decay is not None else None
         self.body = load_body(body)
         self.merge_plan: list[dict] = []
@@ -145,7 +147,12 @@ class MergedEncoderModule(L.LightningModule):
                 has_betas=batch.has_betas.repeat_interleave(frames),
                 valid=batch.valid.flatten(),
             )
-            return hmr_losses(output.rotations, output.betas, joints, joints2d, target, self.loss_weights)
+            parts = hmr_losses(output.rotations, output.betas, joints, joints2d, target, self.loss_weights)
+        if self.token_joints is not None:
+            logits = self.token_joints(output.tokens)
+            parts["token_joints"] = token_joint_loss(logits, target.joints2d, target.valid, TOKEN_GRID)
+            parts["total"] = parts["total"] + self.loss_weights.token_joints * parts["token_joints"]
+        return parts
 
     def _clip_betas(self, betas: Tensor, clips: int, frames: int) -> Tensor:
         """Average the shape over each clip where the protocol says so (FastHMR, Sec. 4.1)."""
@@ -159,7 +166,8 @@ class MergedEncoderModule(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total) or total <= 0:
             raise ValueError("the schedule needs a length: set trainer.max_steps or trainer.max_epochs")
-        optimizer, scheduler = build_optimizer(self.net, self.optimizer_config, int(total))
+        trained = nn.ModuleList(m for m in (self.net, self.token_joints) if m is not None)
+        optimizer, scheduler = build_optimizer(trained, self.optimizer_config, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:

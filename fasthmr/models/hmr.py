@@ -12,12 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from fasthmr.conventions import CROP_PX, NUM_JOINTS
+from fasthmr.geometry.boxes import TokenGrid
 from fasthmr.geometry.rotations import rotation_6d_to_matrix
 from fasthmr.models.smpl_head import MeanParameters, SMPLHead
-from fasthmr.models.vit import ViT
+from fasthmr.models.vit import PATCH_PADDING_PX, ViT
 
 #: columns cut off on each side of the square crop: people are upright, and the backbone was trained on 256 x 192.
 SIDE_COLUMNS_PX = 32
+#: where the 192 tokens lie in the crop (before any are merged)
+TOKEN_GRID = TokenGrid(
+    rows=16,
+    columns=12,
+    patch_px=16,
+    left_px=SIDE_COLUMNS_PX - PATCH_PADDING_PX,
+    top_px=-PATCH_PADDING_PX,
+    crop_px=CROP_PX,
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class HMRConfig:
 
 
 class HMROutput(NamedTuple):
-    """Prediction for B crops, all float32.
+    """Prediction for B crops, float32 but for the tokens.
 
     Attributes:
         feature: (B, D) the head's token before its read-outs: what the diffusion decoder is conditioned on.
@@ -109,6 +119,7 @@ class HMROutput(NamedTuple):
         betas: (B, 10) shape.
         camera: (B, 3) = (s, tx, ty); `fasthmr.geometry.cameras` turns it into a translation.
         pose6d: (B, 144) the 6D numbers that `rotations` are made of.
+        tokens: (B, N, vit_dim) the backbone's, which the head reads; in the dtype that they were computed in.
     """
 
     feature: Tensor
@@ -116,6 +127,7 @@ class HMROutput(NamedTuple):
     betas: Tensor
     camera: Tensor
     pose6d: Tensor
+    tokens: Tensor
 
 
 class HMR(nn.Module):
@@ -171,10 +183,11 @@ class HMR(nn.Module):
         if camera is not None:
             raise ValueError("this model is HMR2.0's and takes no camera, got one: pass camera=None")
 
-        decoded = self.smpl_head(self.backbone(middle_columns(images)))
+        tokens = self.backbone(middle_columns(images))
+        decoded = self.smpl_head(tokens)
         with torch.autocast(images.device.type, enabled=False):
             rotations = rotation_6d_to_matrix(decoded.pose6d.unflatten(-1, (NUM_JOINTS, 6)))
-        return HMROutput(decoded.feature, rotations, decoded.betas, decoded.camera, decoded.pose6d)
+        return HMROutput(decoded.feature, rotations, decoded.betas, decoded.camera, decoded.pose6d, tokens)
 
 
 def middle_columns(crops: Tensor) -> Tensor:

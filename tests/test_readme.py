@@ -1,0 +1,77 @@
+"""The README's commands and code do what it says, with sizes that take seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_fit import QUICK, TINY_NET, tiny_data
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands(start: str) -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+def python(command: str, *more: str) -> list[str]:
+    return [sys.executable, *shlex.split(command)[1:], *more]
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder that looks like the project's, without data and runs."""
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    return tmp_path
+
+
+def test_fit_commands_and_the_python_example(checkout, tiny_shards):
+    for command in commands("python -m fasthmr.fit"):
+        keys = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=1"]
+        if "fasthmr.yaml" in command:
+            keys = [k.replace("--", "--encoder.", 1) for k in keys]
+        run(python(command, *keys), checkout)
+    (checkout / "runs" / "longer").rename(checkout / "runs" / "fasthmr")
+    (example,) = blocks("python")
+    printed = run([sys.executable, "-c", example], checkout).stdout
+    assert "(1, 6600, 3)" in printed.replace("torch.Size([1, 6600, 3])", "(1, 6600, 3)")
+
+
+def test_shard_commands(checkout):
+    for command in commands("python -m fasthmr.shard"):
+        more = ["--frames=3", "--workers=1"] if " make " in command else []
+        run(python(command.replace("--clips 20", "--clips 2"), *more), checkout)
+    assert (checkout / "sheet.png").stat().st_size > 10_000
+
+
+def test_benchmark_command(checkout):
+    (command,) = commands("python -m fasthmr.benchmark")
+    assert "training step" in run(python(command, "--seconds=0.1"), checkout).stdout
+
+
+def test_make_targets_exist():
+    for command in commands("make"):
+        run([*shlex.split(command), "-n"], ROOT)
+
+
+def test_every_config_is_in_the_readme():
+    for config in (ROOT / "conf").glob("*.yaml"):
+        assert f"`conf/{config.name}`" in README
