@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -55,7 +57,8 @@ def make_set(options: Namespace) -> int:
     fields = SynthConfig.__dataclass_fields__
     source = SynthSource(SynthConfig(**{name: options[name] for name in fields}), load_body(options.body))
     manifest = write_shards(source, options.out, options.clips_per_shard, options.workers)
-    print(f"{options.out}: {manifest.clips} clips, {manifest.frames} frames, {len(manifest.shards)} shards, body {manifest.body}")
+    counts = f"{manifest.clips} clips, {manifest.frames} frames, {len(manifest.shards)} shards"
+    print(f"{options.out}: {counts}, body {manifest.body}")
     return 0
 
 
@@ -64,18 +67,22 @@ def inspect_set(options: Namespace) -> int:
     store = ClipStore(options.folder)
     manifest = store.manifest
     size = sum(tar.stat().st_size for tar in store.shards)
-    print(f"{options.folder}: {manifest.clips} clips, {manifest.frames} frames, {len(store.shards)} shards, {size / 1e6:.1f} MB")
+    counts = f"{manifest.clips} clips, {manifest.frames} frames, {len(store.shards)} shards"
+    print(f"{options.folder}: {counts}, {size / 1e6:.1f} MB")
     print(f"schema version {manifest.schema_version}, body {manifest.body}")
-    print("made from " + ", ".join(f"{k}={v}" for k, v in manifest.source.items()))
+    told = {name: textwrap.shorten(str(value), 80, placeholder=" ...") for name, value in manifest.source.items()}
+    print("made from " + ", ".join(f"{name}={value}" for name, value in told.items()))
     table = Table()
     for name in ("clip", "source", "frames", "fps", "image", "kB", "not ground truth"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name == "clip", overflow="fold")  # keys are for copying
     shown = [store[int(i)] for i in np.linspace(0, len(store) - 1, min(options.clips, len(store)))]
     for clip in shown:
         kilobytes = (len(clip.frames.data) + len(clip.masks.data)) / 1000
         other = ", ".join(f"{k}: {v}" for k, v in clip.status.items() if v != "ground_truth") or "-"
         width, height = clip.image_size
-        table.add_row(clip.key, clip.source, str(len(clip)), f"{clip.fps:g}", f"{width}x{height}", f"{kilobytes:.0f}", other)
+        table.add_row(
+            clip.key, clip.source, str(len(clip)), f"{clip.fps:g}", f"{width}x{height}", f"{kilobytes:.0f}", other
+        )
     Console().print(table)
     if options.show:
         sheet = cv2.cvtColor(contact_sheet(shown), cv2.COLOR_RGB2BGR)
@@ -87,23 +94,26 @@ def inspect_set(options: Namespace) -> int:
 
 def verify_set(options: Namespace) -> int:
     """Print every problem of a set; 1 if there is any."""
-    problems = verify_shards(options.folder)
+    problems = verify_shards(options.folder, progress=True)
     for problem in problems:
         print(problem)
     print(f"{options.folder}: {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}")
     return 1 if problems else 0
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; user errors end in one line and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="[%(name)s] %(message)s")
-    options = build_parser().parse_args()
+    options = build_parser().parse_args(arguments)
     command = {"make": make_set, "inspect": inspect_set, "verify": verify_set}[options.subcommand]
     try:
         return command(options[options.subcommand])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept, run the same command again to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
 
-from fasthmr.conventions import NUM_BETAS, NUM_JOINTS, JOINTS29
+from fasthmr.conventions import JOINTS29, MASK_OTHER, NUM_BETAS, NUM_JOINTS
+from fasthmr.data.headers import image_shape
 
 #: raised whenever a field is added, removed or changes its meaning; shards of another version are refused.
 SCHEMA_VERSION = 1
 MIN_CROP_PX = 384
 MAX_IMAGE_PX = 8192
+MAX_FPS = 10_000
 
 Status = Literal["ground_truth", "pseudo", "missing"]
 #: the fields that can be ground truth, somebody's estimate, or absent (then they hold zeros).
@@ -54,9 +56,13 @@ class PackedImages:
         Raises:
             ClipError: the bytes are no image.
         """
-        image = cv2.imdecode(np.frombuffer(self[index], np.uint8), cv2.IMREAD_UNCHANGED) if len(self[index]) else None
+        encoded = self[index]
+        try:
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
+        except cv2.error:  # a header that promises more pixels than OpenCV allows
+            image = None
         if image is None:
-            raise ClipError(f"frame {index} cannot be decoded ({len(self[index])} bytes): the file is damaged")
+            raise ClipError(f"frame {index} cannot be decoded ({len(encoded)} bytes): the file is damaged")
         return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
     @classmethod
@@ -81,8 +87,8 @@ class PackedImages:
 class Clip:
     """One tracked person's clip of T frames.
 
-    Pixels have their centres at integers (OpenCV's convention). The camera looks along +z, x right, y down. A label that
-    `status` calls missing holds zeros.
+    Pixels have their centres at integers (OpenCV's convention). The camera looks along +z, x right, y down. A label
+    that `status` calls missing holds zeros.
 
     Args:
         key: unique in a set; letters, digits, `_` and `-` only, because it names files.
@@ -130,73 +136,110 @@ class Clip:
         return len(self.frames)
 
     def validate(self) -> None:
-        """Check every field, without decoding images.
+        """Check every field; of the images only the headers, which costs a millisecond.
 
         Raises:
             ClipError: naming the clip, the field, what it must be and what it is.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", self.key):
-            raise ClipError(f"clip {self.key!r}: key must be 1 to 200 letters, digits, _ or -")
+        texts: dict[str, Any] = {
+            "key": str,
+            "source": str,
+            "fps": (int, float),
+            "body": (str, type(None)),
+            "status": dict,
+        }
+        for name, kind in texts.items():
+            self._require(name, isinstance(getattr(self, name), kind), f"be {kind}", type(getattr(self, name)))
+        # The key begins the names of tar members, which are 100 characters at most.
+        self._require(
+            "key", bool(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", self.key)), "be 1 to 80 letters, digits, _ or -", "it"
+        )
         self._require("frames", len(self) > 0, "hold at least one frame", len(self))
-        self._require("fps", np.isfinite(self.fps) and self.fps > 0, "be positive", self.fps)
-        joints = len(JOINTS29)
+        self._require("fps", 0 < self.fps <= MAX_FPS, f"be positive and at most {MAX_FPS}", self.fps)
+        self._validate_arrays()
+        self._validate_status()
+        self._validate_headers()
+
+    def _validate_arrays(self) -> None:
+        frames, joints = len(self), len(JOINTS29)
         arrays: dict[str, tuple[tuple[int, ...], type]] = {
             "image_size": ((2,), np.int64),
             "intrinsics": ((3, 3), np.float32),
-            "crop_from_image": ((len(self), 2, 3), np.float32),
-            "box_center": ((len(self), 2), np.float32),
-            "box_size": ((len(self),), np.float32),
-            "valid": ((len(self),), np.bool_),
-            "joints2d": ((len(self), joints, 3), np.float32),
-            "joints3d": ((len(self), joints, 4), np.float32),
-            "pose": ((len(self), NUM_JOINTS, 3), np.float32),
+            "crop_from_image": ((frames, 2, 3), np.float32),
+            "box_center": ((frames, 2), np.float32),
+            "box_size": ((frames,), np.float32),
+            "valid": ((frames,), np.bool_),
+            "joints2d": ((frames, joints, 3), np.float32),
+            "joints3d": ((frames, joints, 4), np.float32),
+            "pose": ((frames, NUM_JOINTS, 3), np.float32),
             "betas": ((NUM_BETAS,), np.float32),
-            "translation": ((len(self), 3), np.float32),
+            "translation": ((frames, 3), np.float32),
         }
         for name, (shape, dtype) in arrays.items():
             array = getattr(self, name)
             what = f"be {np.dtype(dtype).name} of shape {shape}"
             self._require(name, array.shape == shape and array.dtype == dtype, what, f"{array.dtype} {array.shape}")
             self._require(name, bool(np.isfinite(array).all()), "be finite", "NaN or infinity")
-        self._require("image_size", bool((self.image_size > 0).all()), "be positive", self.image_size.tolist())
+        inside = bool(((self.image_size > 0) & (self.image_size <= MAX_IMAGE_PX)).all())
+        self._require("image_size", inside, f"be from 1 to {MAX_IMAGE_PX} px", self.image_size.tolist())
         self._require("box_size", bool((self.box_size > 0).all()), "be positive", float(self.box_size.min()))
         for name in ("joints2d", "joints3d"):
             confidence = getattr(self, name)[..., -1]
             inside = bool(((confidence >= 0) & (confidence <= 1)).all())
             self._require(name, inside, "have confidences in [0,1]", [float(confidence.min()), float(confidence.max())])
-        for name in ("masks", "full_frames"):
-            images = getattr(self, name)
-            if images is not None:
-                self._require(name, len(images) == len(self), f"hold {len(self)} images", len(images))
-        self._require("status", set(self.status) == set(LABELS), f"have exactly {LABELS}", sorted(self.status))
+
+    def _validate_status(self) -> None:
+        self._require(
+            "status", set(self.status) == set(LABELS), f"have exactly {LABELS}", sorted(map(str, self.status))
+        )
         for name, value in self.status.items():
-            self._require(f"status.{name}", value in get_args(Status), f"be one of {get_args(Status)}", value)
+            self._require(f"status.{name}", value in get_args(Status), f"be one of {get_args(Status)}", repr(value))
+            if value == "missing" and name != "masks":
+                self._require(
+                    name, not getattr(self, name).any(), "hold zeros, because its status is missing", "other numbers"
+                )
         if self.body is None:
             labelled = [n for n in ("pose", "betas", "translation") if self.status[n] != "missing"]
             self._require("body", not labelled, f"be given, because {labelled} are labelled", None)
 
+    def _validate_headers(self) -> None:
+        crop_px = 0
+        for name, images in self._images().items():
+            self._require(name, len(images) == len(self), f"hold {len(self)} images", len(images))
+            for number in range(len(images)):
+                try:
+                    shape = image_shape(images[number])
+                except ValueError as error:
+                    raise ClipError(f"clip {self.key}: {name}[{number}] {error}") from error
+                if name == "full_frames":
+                    want: tuple[int, ...] = (int(self.image_size[1]), int(self.image_size[0]), 3)
+                else:
+                    crop_px = crop_px or shape[0]
+                    what = f"be {MIN_CROP_PX} to {MAX_IMAGE_PX} px wide"
+                    self._require(f"{name}[{number}]", MIN_CROP_PX <= crop_px <= MAX_IMAGE_PX, what, crop_px)
+                    want = (crop_px, crop_px, 3) if name == "frames" else (crop_px, crop_px)
+                self._require(f"{name}[{number}]", shape == want, f"have shape {want}", shape)
+
     def check_images(self) -> None:
-        """Decode every image and check its size.
+        """Decode every image, and check the numbers in the masks.
 
         Raises:
             ClipError: naming clip, field and frame.
         """
-        crop_px = 0
-        for name in ("frames", "masks", "full_frames"):
-            images: PackedImages | None = getattr(self, name)
-            for number in range(len(images) if images is not None else 0):
-                assert images is not None
+        for name, images in self._images().items():
+            for number in range(len(images)):
                 try:
                     image = images.decode(number)
                 except ClipError as error:
                     raise ClipError(f"clip {self.key}: {name}: {error}") from error
-                if name == "full_frames":
-                    want: tuple[int, ...] = (int(self.image_size[1]), int(self.image_size[0]), 3)
-                else:
-                    crop_px = crop_px or image.shape[0]
-                    self._require(name, crop_px >= MIN_CROP_PX, f"be {MIN_CROP_PX} px or wider", crop_px)
-                    want = (crop_px, crop_px, 3) if name == "frames" else (crop_px, crop_px)
-                self._require(f"{name}[{number}]", image.shape == want, f"have shape {want}", image.shape)
+                if name == "masks":
+                    what = f"hold instances 0 to {MASK_OTHER}"
+                    self._require(f"masks[{number}]", image.max() <= MASK_OTHER, what, int(image.max()))
+
+    def _images(self) -> dict[str, PackedImages]:
+        """The images that the clip has, by field."""
+        fields = {"frames": self.frames, "masks": self.masks, "full_frames": self.full_frames}
+        return {name: images for name, images in fields.items() if images is not None}
 
     def _require(self, field: str, holds: bool, what: str, got: object) -> None:
         if not holds:

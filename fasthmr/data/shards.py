@@ -15,9 +15,14 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import tarfile
-from collections.abc import Iterator
+import textwrap
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +32,11 @@ import torch
 from tqdm import tqdm
 
 from fasthmr.data.codec import encode_clip
-from fasthmr.data.schema import SCHEMA_VERSION, Clip
+from fasthmr.data.index import MANIFEST, Manifest, ShardError, ShardIndex, index_path
+from fasthmr.data.schema import SCHEMA_VERSION, Clip, ClipError
+from fasthmr.data.store import ClipStore
+from fasthmr.data.verify import verify_shards
 from fasthmr.files import write_text, written_whole
-from fasthmr.data.store import INDEX_SUFFIX, MANIFEST, ClipStore, Manifest, ShardError, ShardIndex, index_tar, verify_shards
 
 __all__ = ["ClipSource", "ClipStore", "Manifest", "ShardError", "ensure_shards", "verify_shards", "write_shards"]
 
@@ -40,7 +47,11 @@ LOCK = ".lock"
 
 
 class ClipSource(Protocol):
-    """Where clips come from. `make(i)` must give the same clip in every process, or a resumed set would be a mixture."""
+    """Where clips come from.
+
+    `make(i)` must give the same clip in every process, or a resumed set would be a mixture. `describe()` is JSON: all
+    that the clips depend on, with the id of the labels' body, or None, as "body".
+    """
 
     def __len__(self) -> int: ...
 
@@ -56,9 +67,9 @@ def ensure_shards(source: ClipSource, folder: str | Path, clips_per_shard: int =
         ShardError: `folder` holds another set, or one that is being written by another process.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists():  # then it does not matter how the clips are dealt out to shards
         manifest = Manifest.read(folder)
-        _require_same_job(_job(source, clips_per_shard), folder)
+        _require_same(_through_json(source.describe()), manifest.source, folder)
         return manifest
     return write_shards(source, folder, clips_per_shard, workers)
 
@@ -71,73 +82,91 @@ def write_shards(
     Args:
         source: the clips; pickled to the worker processes.
         folder: made if it does not exist.
-        clips_per_shard: what a shard holds, and so what a killed writer loses at most.
+        clips_per_shard: what a shard holds, and so what each process of a killed writer loses at most.
         workers: processes; each writes whole shards, and the bytes do not depend on how many there are.
         progress: show a progress bar with rate and remaining time.
 
     Raises:
         ShardError: nothing to write, a folder that cannot be written or holds another set, a full disk.
+        ClipError: the source made a clip that breaks the schema.
     """
     folder = Path(folder)
-    job = _job(source, clips_per_shard)
-    if len(source) == 0:
-        raise ShardError(f"there are 0 clips to write into {folder}: ask for at least one")
+    for name, value in (("clips", len(source)), ("clips_per_shard", clips_per_shard), ("workers", workers)):
+        if value < 1:
+            raise ShardError(f"there are {value} {name} to write {folder} with: it takes at least one")
+    described = _through_json(source.describe())
+    body = described.get("body")
+    names = [f"shard-{i:06d}.tar" for i in range(-(-len(source) // clips_per_shard))]
+    ranges = [range(i, min(len(source), i + clips_per_shard)) for i in range(0, len(source), clips_per_shard)]
     with _exclusive(folder):
-        _require_same_job(job, folder)
-        _write(folder / JOB, json.dumps(job, indent=1, sort_keys=True))
-        names = [f"shard-{i:06d}.tar" for i in range(-(-len(source) // clips_per_shard))]
-        todo = [i for i, name in enumerate(names) if not _is_complete(folder / name)]
+        _claim(folder, {"schema_version": SCHEMA_VERSION, "clips_per_shard": clips_per_shard, "source": described})
+        for left_by_killed_writer in folder.glob(".shard-*.tmp"):
+            left_by_killed_writer.unlink()
+        todo = [(folder / name, r) for name, r in zip(names, ranges, strict=True) if not _is_complete(folder / name)]
         if len(todo) < len(names):
             log.info("%s: %d of %d shards are there already", folder, len(names) - len(todo), len(names))
-        ranges = [range(i * clips_per_shard, min(len(source), (i + 1) * clips_per_shard)) for i in todo]
-        bar = tqdm(total=sum(map(len, ranges)), unit="clip", desc=f"making {folder}", disable=not progress)
-        with bar:
-            if workers <= 1:
-                for i, clips in zip(todo, ranges, strict=True):
-                    _write_shard(source, folder / names[i], clips, bar.update)
+        total = sum(len(clips) for _, clips in todo)
+        with tqdm(total=total, unit="clip", desc=f"making {folder}", disable=not progress or not todo) as bar:
+            if workers == 1:
+                for path, clips in todo:
+                    _write_shard(source, body, path, clips, bar.update)
             elif todo:
-                _write_in_processes(source, folder, [(names[i], r) for i, r in zip(todo, ranges, strict=True)], workers, bar)
+                _write_in_processes(source, body, todo, workers, bar)
         indices = {name: ShardIndex.read(folder / name) for name in names}
+        keys = Counter(sample.key for index in indices.values() for sample in index.samples)
+        if len(keys) < keys.total():
+            raise ShardError(f"the source made several clips of the same key: {keys.most_common(1)[0][0]!r}")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            body=job["source"].get("body"),
-            clips=sum(len(i.samples) for i in indices.values()),
+            body=body,
+            clips=len(keys),
             frames=sum(s.frames for i in indices.values() for s in i.samples),
-            source=job["source"],
+            source=described,
             shards={name: index.sha256 for name, index in indices.items()},
         )
-        _write(folder / MANIFEST, json.dumps(vars(manifest), indent=1, sort_keys=True))
+        _write_json(folder / MANIFEST, vars(manifest))
     return manifest
 
 
-# ---- one shard --------------------------------------------------------------------------------------------------------
+# ---- one shard -------------------------------------------------------------------------------------------------
 
 
-def _write_shard(source: ClipSource, path: Path, clips: range, on_clip: Any = lambda _: None) -> None:
+def _write_shard(
+    source: ClipSource, body: str | None, path: Path, clips: range, on_clip: Callable[[int], object]
+) -> None:
     """Write one shard under a temporary name, give it its own, then write its index the same way."""
     try:
         with written_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for index in clips:
-                clip = source.make(index)
+                clip = _make(source, body, index)
                 for extension, data in encode_clip(clip).items():
-                    member = tarfile.TarInfo(f"{clip.key}.{extension}")  # no times, no owners: bytes depend on clips only
+                    # TarInfo's defaults are no time and no owner: the bytes depend on the clip only.
+                    member = tarfile.TarInfo(f"{clip.key}.{extension}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
                 on_clip(1)
-        write_text(path.with_name(path.name + INDEX_SUFFIX), index_tar(path).to_json())
+        write_text(index_path(path), ShardIndex.of(path).to_json())
     except OSError as error:
         raise ShardError(
             f"cannot write {path}: {error.strerror or error}; finished shards are kept, free some space and run again"
         ) from error
 
 
+def _make(source: ClipSource, body: str | None, index: int) -> Clip:
+    try:
+        clip = source.make(index)
+    except OSError as error:  # not to be taken for trouble with the shard
+        raise ShardError(f"clip {index} cannot be made: {error}") from error
+    if clip.body not in (None, body):
+        raise ClipError(f"clip {clip.key}: its labels belong to body {clip.body!r}, those of the set to {body!r}")
+    return clip
+
+
 def _is_complete(path: Path) -> bool:
-    if not path.exists() or not path.with_name(path.name + INDEX_SUFFIX).exists():
-        return False
-    return path.stat().st_size == ShardIndex.read(path).bytes
+    return path.exists() and index_path(path).exists() and path.stat().st_size == ShardIndex.read(path).bytes
 
 
-# ---- several processes --------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------
 
 _worker_source: ClipSource
 _worker_counter: Any
@@ -148,55 +177,98 @@ def _start_worker(source: ClipSource, counter: Any) -> None:
     _worker_source, _worker_counter = source, counter
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _work(path: Path, clips: range) -> None:
+def _die_with_parent() -> None:
+    # A pool's worker would wait for ever for the next task of a writer that was killed.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(body: str | None, path: Path, clips: range) -> None:
     def count(done: int) -> None:
         with _worker_counter.get_lock():
             _worker_counter.value += done
 
-    _write_shard(_worker_source, path, clips, count)
+    _write_shard(_worker_source, body, path, clips, count)
 
 
-def _write_in_processes(source: ClipSource, folder: Path, shards: list[tuple[str, range]], workers: int, bar: tqdm) -> None:
+def _write_in_processes(
+    source: ClipSource, body: str | None, shards: list[tuple[Path, range]], workers: int, bar: tqdm
+) -> None:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (source, counter)) as pool:
-        pending = {pool.submit(_work, folder / name, clips) for name, clips in shards}
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-            bar.update(counter.value - bar.n)
-            failed = [f for f in done if f.exception() is not None]
-            if failed:
-                pool.shutdown(wait=True, cancel_futures=True)
-                failed[0].result()
-        bar.update(counter.value - bar.n)
+    with ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (source, counter)) as pool:
+        try:
+            with _one_thread_per_child():
+                pending = {pool.submit(_work, body, path, clips) for path, clips in shards}
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                bar.update(counter.value - bar.n)
+                for future in done:
+                    future.result()
+        except BrokenProcessPool as error:
+            raise ShardError(
+                "a worker process was killed, probably for want of memory; finished shards are kept, "
+                f"run again with less than {workers} workers"
+            ) from error
+        finally:  # after an error or Ctrl-C, end with the shards that are being written
+            pool.shutdown(cancel_futures=True)
 
 
-# ---- the set ------------------------------------------------------------------------------------------------------------
-
-
-def _job(source: ClipSource, clips_per_shard: int) -> dict[str, Any]:
-    # Through JSON, so that what is compared later is what was written.
-    return json.loads(
-        json.dumps({"schema_version": SCHEMA_VERSION, "clips_per_shard": clips_per_shard, "source": source.describe()})
-    )
-
-
-def _require_same_job(job: dict[str, Any], folder: Path) -> None:
-    path = folder / JOB
-    if not path.exists():
-        return
+@contextmanager
+def _one_thread_per_child() -> Iterator[None]:
+    """Processes started in this block run BLAS and OpenMP on one thread, which libraries read when they are loaded."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise ShardError(f"{path} is damaged ({error}): remove {folder} and make the set again") from error
-    ours, theirs = ({**j, **j.get("source", {})} for j in (job, before))
-    changed = [f"{k}: {theirs.get(k)!r} -> {ours.get(k)!r}" for k in sorted({*ours, *theirs} - {"source"}) if ours.get(k) != theirs.get(k)]
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+# ---- the set ---------------------------------------------------------------------------------------------------
+
+
+def _claim(folder: Path, job: dict[str, Any]) -> None:
+    """Write what is being made into the folder; if that was done before, it must have been the same job."""
+    path = folder / JOB
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+            before = before | before.pop("source")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{path} is damaged ({error}): remove {folder} and make the set again") from error
+        _require_same(job | job["source"], before, folder)
+    elif any(folder.glob("shard-*")):
+        raise ShardError(
+            f"{folder} has shards but no {JOB} that says of what: choose another folder, or remove this one"
+        )
+    else:
+        _write_json(path, job)
+
+
+def _require_same(ours: dict[str, Any], theirs: dict[str, Any], folder: Path) -> None:
+    def told(value: object) -> str:
+        return textwrap.shorten(repr(value), 60, placeholder="...")
+
+    names = sorted({*ours, *theirs} - {"source"})
+    changed = [f"{n}: {told(theirs.get(n))} -> {told(ours.get(n))}" for n in names if ours.get(n) != theirs.get(n)]
     if changed:
         raise ShardError(
             f"{folder} holds shards of another job ({'; '.join(changed)}): choose another folder, or remove this one"
         )
+
+
+def _through_json(described: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the file will have: lists instead of tuples, and so on."""
+    return json.loads(json.dumps(described))
 
 
 @contextmanager
@@ -211,12 +283,14 @@ def _exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ShardError(f"another process is writing into {folder}: wait for it, or choose another folder") from error
+            raise ShardError(
+                f"another process is writing into {folder}: wait for it, or choose another folder"
+            ) from error
         yield
 
 
-def _write(path: Path, text: str) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     try:
-        write_text(path, text)
+        write_text(path, json.dumps(content, indent=1, sort_keys=True))
     except OSError as error:
         raise ShardError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from error

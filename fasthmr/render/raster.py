@@ -9,12 +9,14 @@ import numpy as np
 
 #: triangles with a vertex nearer than this are dropped (no clipping; nothing here films from inside a body).
 NEAR_M = 0.05
+#: how far outside a triangle, as a share of it, a pixel may lie: rounding must not open gaps between neighbours.
+EDGE = np.float32(1e-4)
 
 
 @dataclass(frozen=True)
 class Fragments:
     """What each pixel shows. `face` (H,W) int32, -1 for nothing; `bary` (H,W,2) weights of the triangle's first two
-    corners, perspective-correct; `inverse_depth` (H,W) 1/metres, 0 for nothing."""
+    corners, perspective-correct, of no meaning where nothing is; `inverse_depth` (H,W) 1/metres, 0 for nothing."""
 
     face: np.ndarray
     bary: np.ndarray
@@ -27,6 +29,11 @@ class Fragments:
             np.zeros((height, width, 2), np.float32),
             np.zeros((height, width), np.float32),
         )
+
+    def clear(self) -> None:
+        """Make them show nothing again."""
+        self.face.fill(-1)
+        self.inverse_depth.fill(0)
 
 
 def project_points(points: np.ndarray, focal_px: float, center_px: tuple[float, float]) -> np.ndarray:
@@ -82,7 +89,7 @@ def _rasterize(
             wb = ((xc - x0) * (ya - y) - (xa - x0) * (yc - y)) * per_area
             for x in range(x0, x1 + 1):
                 wc = np.float32(1) - wa - wb
-                if wa >= 0 and wb >= 0 and wc >= 0:
+                if wa >= -EDGE and wb >= -EDGE and wc >= -EDGE:
                     inverse = wa * ia + wb * ib + wc * ic
                     if inverse > inverse_out[y, x]:
                         inverse_out[y, x] = inverse

@@ -1,0 +1,152 @@
+"""What lies where in a set of shards: the index beside each shard, and the manifest of the whole set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fasthmr.data.codec import decode_sample
+from fasthmr.data.schema import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+INDEX_SUFFIX = ".idx"
+
+
+class ShardError(ValueError):
+    """A set of shards is incomplete, damaged or of another kind than asked for."""
+
+
+@dataclass(frozen=True)
+class IndexedSample:
+    """Where a sample lies in its shard: extension -> [offset, size] in bytes."""
+
+    key: str
+    frames: int
+    files: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index file of a shard: its size, its checksum, and its samples."""
+
+    bytes: int
+    sha256: str
+    samples: list[IndexedSample]
+
+    @classmethod
+    def read(cls, tar: Path) -> ShardIndex:
+        """Read the index beside `tar`.
+
+        Raises:
+            ShardError: it is missing or damaged.
+        """
+        path = index_path(tar)
+        try:
+            content = json.loads(path.read_text())
+            index = cls(content["bytes"], content["sha256"], [IndexedSample(**s) for s in content["samples"]])
+            places = [place for sample in index.samples for place in sample.files.values()]
+            if not all(offset >= 0 and size >= 0 and offset + size <= index.bytes for offset, size in places):
+                raise ValueError(f"it has a member outside of the shard's {index.bytes} bytes")
+        except FileNotFoundError as error:
+            raise ShardError(f"{tar} has no index {path.name}: it was not finished, make the set again") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ShardError(f"the index {path} is damaged ({error}): remove it and make the set again") from error
+        return index
+
+    @classmethod
+    def of(cls, tar: Path) -> ShardIndex:
+        """Index a shard by reading all of it: offsets, sizes, checksum, and the number of frames of each clip.
+
+        Raises:
+            ShardError: the tar is cut short, or has members that no shard has.
+            ClipError: the labels of a clip are damaged.
+        """
+        files = _members(tar)
+        sha256 = hashlib.sha256()
+        with tar.open("rb") as file:
+            while block := file.read(1 << 20):
+                sha256.update(block)
+
+            def read(place: list[int]) -> bytes:
+                file.seek(place[0])
+                return file.read(place[1])
+
+            samples = []
+            for key, places in files.items():
+                clip = decode_sample({"__key__": key, **{extension: read(p) for extension, p in places.items()}})
+                samples.append(IndexedSample(key, len(clip), places))
+        return cls(tar.stat().st_size, sha256.hexdigest(), samples)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished set is: schema version, body, counts, what made it, and each shard's checksum."""
+
+    schema_version: int
+    body: str | None
+    clips: int
+    frames: int
+    source: dict[str, Any]
+    shards: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a set's manifest.
+
+        Raises:
+            ShardError: there is none (missing or unfinished set), it is damaged, or of another schema version.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text())
+            version = content["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise ShardError(
+                    f"{folder} has schema version {version}, this fasthmr reads {SCHEMA_VERSION}: make the set again"
+                )
+            manifest = cls(**content)
+            strange = [name for name in manifest.shards if not re.fullmatch(r"[\w-]+\.tar", name)]
+        except FileNotFoundError as error:
+            state = "is not finished" if folder.is_dir() and any(folder.iterdir()) else "does not exist or is empty"
+            raise ShardError(
+                f"there is no set of shards in {folder}: it {state}; make it with `python -m fasthmr.shard make`"
+            ) from error
+        except ShardError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ShardError(f"{path} is damaged ({error}): make the set again") from error
+        if strange:
+            raise ShardError(f"{path} is damaged (no shard is called {strange[0]!r}): make the set again")
+        return manifest
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of a shard lies."""
+    return tar.with_name(tar.name + INDEX_SUFFIX)
+
+
+def _members(tar: Path) -> dict[str, dict[str, list[int]]]:
+    """key -> extension -> [offset, size], from the headers of a tar."""
+    members: dict[str, dict[str, list[int]]] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                key, _, extension = member.name.partition(".")
+                if member.type != tarfile.REGTYPE or "/" in member.name or not extension:
+                    raise ShardError(f"{tar}: {member.name!r} is no member of a clip; they are files KEY.EXTENSION")
+                if extension in members.setdefault(key, {}):
+                    raise ShardError(f"{tar}: {member.name!r} occurs twice")
+                members[key][extension] = [member.offset_data, member.size]
+                if member.offset_data + member.size > tar.stat().st_size:
+                    raise ShardError(f"{tar} is cut short in {member.name!r}: make the set again")
+    except tarfile.TarError as error:
+        raise ShardError(f"{tar} is no readable tar file: {error}") from error
+    return members
