@@ -110,8 +110,8 @@ class ResumableLoader(DataLoader[Any]):
     batch_sampler: TrainOrder
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator starts at the first batch that is asked for. Lightning makes the iterator earlier, before it restores
-        # its counters, if a schedule asks for `estimated_stepping_batches`; loader workers would then start at batch 0.
+        # A generator starts when the first batch is asked for. Lightning makes the iterator earlier, before it restores
+        # its counters, if a schedule asks for `estimated_stepping_batches`: loader workers would start at batch 0.
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:

@@ -94,7 +94,7 @@ class MergedEncoderModule(L.LightningModule):
         loss = parts["total"]
         # Checked before the backward pass, so that neither weights nor checkpoints ever hold the NaN.
         if not torch.isfinite(loss):
-            values = ", ".join(f"{k}={float(v):g}" for k, v in parts.items())
+            values = ", ".join(f"{k}={v.item():g}" for k, v in parts.items())
             raise NonFiniteLossError(
                 f"the loss is not finite at step {self.global_step}: {values}; clips: {', '.join(batch.keys)}. "
                 "Look at these clips with `python -m fasthmr.shard inspect --show`, or lower optimizer.lr."

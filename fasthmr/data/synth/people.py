@@ -60,8 +60,10 @@ class Appearance:
 
 def random_appearance(rng: np.random.Generator) -> Appearance:
     """Draw skin, hair and clothes."""
-    skin = _varied(rng, _SKIN[rng.integers(len(_SKIN))], 0.04)
-    hair = _varied(rng, _HAIR[rng.integers(len(_HAIR))], 0.06)
+    tone = rng.integers(len(_SKIN))
+    skin = _varied(rng, _SKIN[tone], 0.04)
+    # Dark skin and fair hair seldom come together, but everybody may go grey.
+    hair = _varied(rng, _HAIR[rng.integers(len(_HAIR) if tone < 3 or rng.uniform() < 0.1 else 3)], 0.06)
     shirt, trousers = random_cloth_color(rng), random_cloth_color(rng)
     shirt2, trousers2 = random_cloth_color(rng), random_cloth_color(rng)
     shoes = _varied(rng, _CLOTH[rng.integers(len(_CLOTH))], 0.05)
@@ -92,7 +94,7 @@ def random_cloth_color(rng: np.random.Generator) -> np.ndarray:
     """Display RGB (3,): mostly what is worn most, sometimes anything."""
     if rng.uniform() < 0.6:
         return _varied(rng, _CLOTH[rng.integers(len(_CLOTH))], 0.06)
-    return _hsv(rng.uniform(), rng.uniform(0.1, 0.85), rng.uniform(0.2, 0.95))
+    return _hsv(rng.uniform(), rng.uniform(0.1, 0.75), rng.uniform(0.2, 0.95))
 
 
 def paint_coordinates(body: BodyModel) -> np.ndarray:

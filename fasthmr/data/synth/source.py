@@ -26,12 +26,14 @@ from fasthmr.data.synth.scene import CameraPath, random_camera, random_light
 from fasthmr.geometry.boxes import crop_affine
 
 #: raised whenever the same config gives other clips than before, so that no set is continued with different ones
-_VERSION = 2
+_VERSION = 3
 #: side of the stored crop over the side of the person's box: room for jitter
 CROP_OVER_BOX = 1.5
 _MAX_BETA = 2.5
 _LONGEST_FLIGHT_S = 1.0
 _MIN_BOX_PX = 32.0
+#: nobody who passes by comes nearer to the camera
+_NEAREST_M = 1.0
 #: a frame in which less than this is seen of the person is not valid
 _MIN_VISIBLE_PX = 16
 
@@ -237,16 +239,22 @@ class SynthSource:
         return _Person(motion, betas.astype(np.float32), shift, vertices, joints)
 
     def _passer_by(self, rng: np.random.Generator, subject: _Person, camera: CameraPath) -> _Person:
-        """Somebody else, crossing the view in front of the subject or behind."""
+        """Somebody else, crossing the view in front of the subject or behind, who keeps clear of subject and camera."""
         frames = len(subject.motion)
         motion = self._motions.sample(rng, frames, self.config.fps)
         middle = subject.joints[:, 0].mean(0)
         away = middle - camera.position.mean(0)
         away[1] = 0
-        reach = float(np.linalg.norm(away))
-        away /= max(reach, 1e-6)
+        away /= max(float(np.linalg.norm(away)), 1e-6)
         across = np.array([away[2], 0, -away[0]]) * rng.choice([-1, 1])
-        depth = rng.uniform(0.5, 1.8) if rng.uniform() < 0.6 else -min(rng.uniform(0.5, 1.0), 0.4 * reach)
+        own = motion.translation - motion.translation.mean(0)
+        # Distances along the line of sight, over the clip: to the subject, and from the camera.
+        ahead = (subject.joints[:, 0] - own - middle) @ away
+        to_camera = (camera.position - own - middle) @ away
+        depth = ahead.max() + rng.uniform(0.5, 1.8)
+        in_front = ahead.min() - rng.uniform(0.5, 1.0)
+        if rng.uniform() < 0.4 and in_front > to_camera.max() + _NEAREST_M:
+            depth = in_front
         start, end = rng.uniform(-1.8, 0.3), rng.uniform(-0.3, 1.8)
         path = middle + depth * away + across * np.linspace(start, end, frames)[:, None]
         path[:, 1] = 0
