@@ -116,7 +116,7 @@ def _photo_piece(rng: np.random.Generator, photos: tuple[Path, ...], width: int,
 def _street(rng: np.random.Generator) -> Background:
     """Outdoors: a sky over hills, trees or houses, and stones, asphalt or a meadow that reach the horizon."""
     far = _sky(rng)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(1, 4)):
         (_add_hills, _add_trees, _add_houses)[rng.integers(3)](rng, far)
     if rng.uniform() < 0.5:
         ground = _pattern(rng, _STREET, int(rng.choice([_TILES, _PLAIN])))
@@ -183,9 +183,11 @@ def _add_below(
     rng: np.random.Generator, picture: np.ndarray, line: np.ndarray, color: np.ndarray, rough: float
 ) -> None:
     """Fill a picture below a line with a mottled colour."""
-    below = np.arange(_FAR_HEIGHT)[:, None] >= line
-    mottled = color * (1 + rough * _noise(rng, _FAR_HEIGHT, _FAR_WIDTH, (16, 64, 200))[..., None])
-    picture[below] = mottled[below]
+    first = int(line.min())
+    noise = _noise(rng, _FAR_HEIGHT, _FAR_WIDTH, (16, 64, 200))[first:, :, None]
+    mottled = color.astype(np.float32) * (1 + np.float32(rough) * noise)
+    below = np.arange(first, _FAR_HEIGHT)[:, None] >= line
+    np.copyto(picture[first:], mottled, where=below[..., None])
 
 
 def _add_hills(rng: np.random.Generator, picture: np.ndarray) -> None:
@@ -217,7 +219,7 @@ def _add_houses(rng: np.random.Generator, picture: np.ndarray) -> None:
 
 def _wall(rng: np.random.Generator) -> np.ndarray:
     """(H,W,3) float32: plain, striped paper, panels or bricks."""
-    color = np.array(_color(rng, _PAINT))
+    color = np.array(_color(rng, _PAINT), np.float32)
     y, x = np.mgrid[:_FAR_HEIGHT, :_FAR_WIDTH]
     kind, step = rng.uniform(), int(rng.integers(14, 70))
     if kind < 0.45:
@@ -232,8 +234,10 @@ def _wall(rng: np.random.Generator) -> np.ndarray:
         pattern = 0.06 * np.sin(row * 7.3 + column * 12.9) - 0.25 * (
             (y % (step // 2) < 2) | ((x + (row % 2) * step // 2) % step < 2)
         )
-    mottled = 1 - pattern + rng.uniform(0.01, 0.07) * _noise(rng, _FAR_HEIGHT, _FAR_WIDTH)
-    return (color * mottled[..., None]).astype(np.float32)
+    mottled = (
+        1 - pattern.astype(np.float32) + np.float32(rng.uniform(0.01, 0.07)) * _noise(rng, _FAR_HEIGHT, _FAR_WIDTH)
+    )
+    return color * mottled[..., None]
 
 
 def _spot(rng: np.random.Generator, width: tuple[int, int], height: tuple[int, int]) -> tuple[int, int, int, int]:
