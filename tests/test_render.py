@@ -86,6 +86,76 @@ def test_cleared_fragments_show_nothing():
     assert (fragments.face == -1).all() and (fragments.inverse_depth == 0).all()
 
 
+def brute_force(points: np.ndarray, faces: np.ndarray, width: int, height: int) -> tuple[np.ndarray, ...]:
+    """What each pixel shows, by solving for the weights of every triangle at every pixel in double precision.
+
+    Also how far, in weight, the pixel is from any edge of a triangle that faces the camera.
+    """
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = np.stack([x, y, np.ones_like(x)], -1).reshape(-1, 3).astype(float)
+    face, nearest = np.full(len(pixels), -1), np.full(len(pixels), np.inf)
+    bary, margin = np.zeros((len(pixels), 3)), np.full(len(pixels), np.inf)
+    for f, corners in enumerate(points[faces].astype(float)):
+        on_screen = np.concatenate([corners[:, :2], np.ones((3, 1))], 1)
+        if np.linalg.det(on_screen) >= 0:
+            continue
+        weights = pixels @ np.linalg.inv(on_screen)
+        margin = np.minimum(margin, np.abs(weights).min(1))
+        in_space = weights / corners[:, 2]
+        depth = 1 / in_space.sum(1)
+        hit = (weights >= 0).all(1) & (depth < nearest)
+        face[hit], nearest[hit] = f, depth[hit]
+        bary[hit] = in_space[hit] * depth[hit, None]
+    shape = (height, width)
+    return face.reshape(shape), nearest.reshape(shape), bary.reshape(*shape, 3), margin.reshape(shape)
+
+
+def test_triangles_are_drawn_as_brute_force_draws_them():
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.uniform(-8, 48, (60, 2)), rng.uniform(0.5, 6, (60, 1))], 1).astype(np.float32)
+    faces = np.arange(60, dtype=np.int32).reshape(20, 3)  # about half of them turn away
+    fragments = rasterize(points, faces, 40, 32)
+    face, depth, bary, margin = brute_force(points, faces, 40, 32)
+    clear = margin > 1e-4  # not on an edge, where single precision may decide otherwise
+    assert clear.mean() > 0.98 and 5 < len(np.unique(face)) < 20 and (face == -1).any()
+    assert np.array_equal(fragments.face[clear], face[clear])
+    drawn = clear & (face >= 0)
+    np.testing.assert_allclose(1 / fragments.inverse_depth[drawn], depth[drawn], rtol=1e-4)
+    np.testing.assert_allclose(fragments.bary[drawn], bary[drawn][:, :2], atol=1e-3)
+    again = rasterize(points, faces, 40, 32)
+    assert np.array_equal(again.face, fragments.face) and np.array_equal(again.bary, fragments.bary)
+
+
+def sphere(rings: int = 24, corners: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """A unit sphere around the origin, its faces counter-clockwise from outside."""
+    down, around = np.meshgrid(
+        np.pi * np.arange(rings + 1) / rings, 2 * np.pi * np.arange(corners) / corners, indexing="ij"
+    )
+    vertices = np.stack([np.sin(down) * np.sin(around), np.cos(down), np.sin(down) * np.cos(around)], -1).reshape(-1, 3)
+    quads = [(r * corners + i, r * corners + (i + 1) % corners) for r in range(rings) for i in range(corners)]
+    faces = [t for a, b in quads for t in ((a, a + corners, b + corners), (a, b + corners, b))]
+    return vertices.astype(np.float32), np.array(faces, np.int32)
+
+
+def test_normals_of_a_sphere_point_away_from_its_middle():
+    vertices, faces = sphere()
+    normals = vertex_normals(vertices, faces)
+    assert (np.sum(normals * vertices, 1) > 0.995).all()
+
+
+def test_a_ball_is_lit_from_above_and_its_outline_is_a_circle():
+    vertices, faces = sphere()
+    picture = np.zeros((101, 101, 3), np.uint8)
+    drawn = overlay_mesh(
+        picture, vertices + np.array([0, 0, 10]), faces, 400.0, (50.0, 50.0), (1.0, 1.0, 1.0), opacity=1.0
+    )
+    gray = drawn[..., 0].astype(float)
+    radius_px = 400 / np.sqrt(10**2 - 1)  # of the cone that touches the ball
+    assert (gray > 0).sum() == pytest.approx(np.pi * radius_px**2, rel=0.02)
+    assert gray[20, 50] > gray[80, 50] + 30 and gray[50, 40] > gray[50, 60]
+    assert gray[gray > 0].min() >= 0.3 * 255  # what is turned away from the light can still be seen
+
+
 def test_normals_of_the_body_point_outwards(free_body):
     vertices = free_body.rest_vertices(torch.zeros(1, 10))[0].numpy()
     normals = vertex_normals(vertices, free_body.faces.numpy().astype(np.int32))

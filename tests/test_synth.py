@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from fasthmr.conventions import JOINT_INDEX, MASK_OTHER, MASK_SUBJECT
 from fasthmr.data.codec import encode_clip
 from fasthmr.data.schema import Clip
-from fasthmr.data.synth.backgrounds import find_photos, random_background
+from fasthmr.data.synth.backgrounds import random_background
 from fasthmr.data.synth.film import Figure, Film
 from fasthmr.data.synth.occluders import random_things
 from fasthmr.data.synth.people import paint_coordinates, random_appearance
@@ -115,13 +117,42 @@ def test_crops_show_the_full_image_through_the_stored_affine(free_body):
     assert np.abs(blurred[0] - blurred[1]).mean() < 0.5 * np.abs(blurred[0] - shifted).mean()
 
 
-def test_people_stand_upright_and_touch_the_ground(free_body, plain_clips):
-    # In most frames the crown is above the toes in the picture, and the camera's height over the lowest vertex varies
-    # less than a jump: nobody floats.
-    for clip in plain_clips:
+def test_people_stand_upright_on_the_ground(free_body, monkeypatch):
+    cameras: list[CameraPath] = []
+
+    def remembered(*args):
+        cameras.append(random_camera(*args))
+        return cameras[-1]
+
+    monkeypatch.setattr("fasthmr.data.synth.source.random_camera", remembered)
+    source = SynthSource(SynthConfig(clips=4, frames=8, seed=2, **PLAIN), free_body)
+    for i in range(4):
+        clip = source.make(i)
+        vertices = posed(free_body, clip).vertices.numpy().astype(np.float64)
+        in_world = np.einsum("tji,tnj->tni", cameras[i].rotation, vertices) + cameras[i].position[:, None]
+        lowest = in_world[..., 1].min(1)
+        assert lowest.min() == pytest.approx(0, abs=0.03) and lowest.max() < 0.6  # a jump at most
         y = clip.joints2d[..., 1]
         toes = np.maximum(y[:, JOINT_INDEX["left_big_toe"]], y[:, JOINT_INDEX["right_big_toe"]])
         assert np.median(y[:, JOINT_INDEX["head_top"]] - toes) < 0
+
+
+def test_people_stay_in_view(free_body):
+    source = SynthSource(SynthConfig(clips=10, frames=5, fps=2.0, seed=3), free_body)  # 2.5 s: they get somewhere
+    shares = [source.make(i).joints2d[..., 2].mean() for i in range(10)]
+    assert np.median(shares) > 0.9 and min(shares) > 0.5
+
+
+def test_beside_the_full_image_crops_are_black_and_unlabelled(plain_clips):
+    beside = 0
+    for clip in plain_clips:
+        crop, mask = clip.frames.decode(0), clip.masks.decode(0)
+        rows, columns = np.mgrid[: crop.shape[0], : crop.shape[1]]
+        (x0, y0), (x1, y1) = apply_affine(clip.crop_from_image[0], np.array([[0, 0], clip.image_size - 1]))
+        outside = (columns < x0 - 16) | (columns > x1 + 16) | (rows < y0 - 16) | (rows > y1 + 16)  # JPEG's blocks
+        beside += outside.sum()
+        assert (crop[outside] < 12).all() and (mask[outside] == 0).all()
+    assert beside > 1000
 
 
 def test_a_drift_is_taken_away_and_a_jump_is_kept():
@@ -145,7 +176,10 @@ def still_camera(frames: int = 1) -> CameraPath:
     )
 
 
-def filmed(free_body, places: list[tuple[float, float]], things=()) -> np.ndarray:
+WHOLE_IMAGE = np.array([[1.0, 0, 0], [0, 1, 0]])
+
+
+def filmed(free_body, places: list[tuple[float, float]], things=(), crop_from_image=WHOLE_IMAGE) -> np.ndarray:
     """Instances in one frame of T poses that stand at (x, z)."""
     rng = np.random.default_rng(0)
     rest = free_body.rest_vertices(torch.zeros(1, 10)).numpy()
@@ -162,7 +196,7 @@ def filmed(free_body, places: list[tuple[float, float]], things=()) -> np.ndarra
         noise=0.0,
         grain_px=1.0,
     )
-    return film.frame(0, np.array([[1.0, 0, 0], [0, 1, 0]]), 384, 384)[1]
+    return film.frame(0, crop_from_image, 384, 384)[1]
 
 
 def test_who_is_nearer_hides_who_is_behind(free_body):
@@ -172,6 +206,13 @@ def test_who_is_nearer_hides_who_is_behind(free_body):
     assert (before == MASK_SUBJECT).sum() < 0.8 * alone.sum() and (before == MASK_OTHER).sum() > 5000
     other_alone = filmed(free_body, [(0.2, 0.8)]) == MASK_SUBJECT
     assert overlap(before == MASK_OTHER, other_alone) > 0.97  # pixels shared by both are the subject's
+
+
+def test_masks_end_where_the_image_ends(free_body):
+    # so near that the image cuts arms, head and legs; the crop shows the image from pixel 96 to 287
+    mask = filmed(free_body, [(0, 2.8)], crop_from_image=np.array([[0.5, 0, 96], [0, 0.5, 96]]))
+    rows, columns = np.nonzero(mask)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (96, 287, 96, 287)
 
 
 def test_things_in_front_cut_the_mask(free_body):
@@ -184,6 +225,38 @@ def test_things_in_front_cut_the_mask(free_body):
         assert not (mask & ~alone).any()
         cut.append(1 - mask.sum() / alone.sum())
     assert max(cut) > 0.1 and min(cut) < 0.9
+
+
+def test_masks_of_hidden_people_are_parts_of_their_silhouettes(free_body):
+    config = SynthConfig(clips=4, frames=3, seed=9, second_person_share=1.0, occluder_share=1.0)
+    source = SynthSource(config, free_body)
+    shares = []
+    for clip in map(source.make, range(4)):
+        vertices = posed(free_body, clip).vertices.numpy()
+        for t in range(3):
+            mask, whole = clip.masks.decode(t) == MASK_SUBJECT, silhouette(free_body, clip, vertices[t], t)
+            about = cv2.dilate(whole.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+            assert not (mask & ~about).any()
+            shares.append(mask.sum() / whole.sum())
+    assert min(shares) < 0.9 and max(shares) > 0.5
+
+
+def test_who_passes_by_keeps_clear_of_the_subject_and_the_camera(free_body, monkeypatch):
+    scenes: list[tuple[CameraPath, list[Figure]]] = []
+    start = Film.__init__
+
+    def remembered(self, *, camera, figures, **more):
+        scenes.append((camera, figures))
+        start(self, camera=camera, figures=figures, **more)
+
+    monkeypatch.setattr(Film, "__init__", remembered)
+    source = SynthSource(SynthConfig(clips=8, frames=5, fps=2.0, seed=5, second_person_share=1.0), free_body)
+    for i in range(8):
+        source.make(i)
+        camera, (subject, other) = scenes[-1]
+        assert camera.from_world(other.vertices)[..., 2].min() > 0.1
+        apart = np.linalg.norm((subject.vertices.mean(1) - other.vertices.mean(1))[:, [0, 2]], axis=1)
+        assert apart.min() > 0.25
 
 
 def test_clips_with_somebody_else_have_a_second_label(free_body):
@@ -252,6 +325,19 @@ def test_the_same_seed_gives_the_same_bytes(free_body):
     assert other.frames.data != source.make(0).frames.data
 
 
+def test_another_process_gives_the_same_bytes(free_body):
+    program = """
+import hashlib
+from fasthmr.body import load_body
+from fasthmr.data.synth.source import SynthConfig, SynthSource
+clip = SynthSource(SynthConfig(clips=2, frames=2, seed=7, occluder_share=1.0), load_body("free")).make(1)
+print(hashlib.sha256(clip.frames.data + clip.masks.data + clip.joints3d.tobytes()).hexdigest())
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    clip = SynthSource(SynthConfig(clips=2, frames=2, seed=7, occluder_share=1.0), free_body).make(1)
+    assert told == hashlib.sha256(clip.frames.data + clip.masks.data + clip.joints3d.tobytes()).hexdigest()
+
+
 def test_bytes_do_not_depend_on_the_number_of_threads(free_body):
     source = SynthSource(SynthConfig(clips=1, frames=2, seed=3), free_body)
     before = torch.get_num_threads(), cv2.getNumThreads()
@@ -266,72 +352,3 @@ def test_bytes_do_not_depend_on_the_number_of_threads(free_body):
         torch.set_num_threads(before[0])
         cv2.setNumThreads(before[1])
     assert clips[0] == clips[1]
-
-
-def test_describe_tells_sets_apart_and_is_json(free_body):
-    told = [
-        json.dumps(SynthSource(SynthConfig(clips=2, frames=2, seed=seed), free_body).describe(), sort_keys=True)
-        for seed in (0, 0, 1)
-    ]
-    assert told[0] == told[1] != told[2] and free_body.id in told[0]
-
-
-# ---- configuration -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("clips", 0), ("clips", 1.5), ("frames", 0), ("frames", True), ("seed", -1), ("fps", 0.0),
-        ("fps", float("nan")), ("crop_px", 256), ("second_person_share", 1.1), ("occluder_share", -0.1),
-        ("moving_camera_share", "half"), ("jpeg_quality", 0), ("noise", -1.0), ("motion", ""), ("backgrounds", None),
-        ("full_frames", 1), ("motion_windows", True),
-    ],
-)  # fmt: skip
-def test_every_wrong_value_is_refused_by_its_name(field: str, value: object):
-    with pytest.raises(ValueError, match=f"synth: {field} "):
-        SynthConfig(**{field: value})
-
-
-def test_an_index_out_of_range_is_refused(free_body):
-    source = SynthSource(SynthConfig(clips=2, frames=2), free_body)
-    for index in (-1, 2):
-        with pytest.raises(IndexError):
-            source.make(index)
-
-
-def test_windows_of_a_motion_folder_are_taken_one_after_the_other(tmp_path, free_body):
-    frames = 65
-    walk = {"poses": np.zeros((frames, 72)), "trans": np.zeros((frames, 3)), "mocap_framerate": np.array(30.0)}
-    walk["poses"][:, 0] = np.pi / 2  # AMASS has z up
-    walk["trans"][:, 1] = -np.linspace(0, 1, frames)
-    np.savez(tmp_path / "walk.npz", **walk)
-    settings = {"motion": str(tmp_path), "motion_windows": True, "frames": 30, "seed": 0}
-    source = SynthSource(SynthConfig(clips=0, **settings), free_body)
-    assert len(source) == 2 and len(SynthSource(SynthConfig(clips=1, **settings), free_body)) == 1
-    assert source.make(0).source != source.make(1).source
-    assert np.abs(source.make(0).joints3d[..., :3]).max() > 0
-
-
-def test_photographs_are_backgrounds(tmp_path, free_body):
-    photo = np.zeros((90, 160, 3), np.uint8)
-    photo[..., 0] = 200  # blue, in OpenCV's order
-    cv2.imwrite(str(tmp_path / "sea.png"), photo)
-    config = SynthConfig(clips=1, frames=1, seed=2, backgrounds=str(tmp_path), **PLAIN)
-    source = SynthSource(config, free_body)
-    clip = source.make(0)
-    far = clip.frames.decode(0)[clip.masks.decode(0) == 0].astype(float)
-    assert (far[:, 2] > far[:, 0] + 50).mean() > 0.2
-    assert source.describe()["backgrounds"] == [f"sea.png:{(tmp_path / 'sea.png').stat().st_size}"]
-
-
-def test_a_folder_without_photographs_is_refused(tmp_path, free_body):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="backgrounds: no photographs"):
-            SynthSource(SynthConfig(backgrounds=str(folder)), free_body)
-
-
-def test_a_broken_photograph_is_refused_by_its_name(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"broken\.jpg"):
-        random_background(np.random.default_rng(0), find_photos(tmp_path))

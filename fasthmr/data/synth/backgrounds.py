@@ -230,14 +230,11 @@ def _wall(rng: np.random.Generator) -> np.ndarray:
         pattern = 0.3 * (x % (3 * step) < 3)
     else:  # bricks
         row = y // (step // 2)
-        column = (x + (row % 2) * step // 2) // step
-        pattern = 0.06 * np.sin(row * 7.3 + column * 12.9) - 0.25 * (
-            (y % (step // 2) < 2) | ((x + (row % 2) * step // 2) % step < 2)
-        )
-    mottled = (
-        1 - pattern.astype(np.float32) + np.float32(rng.uniform(0.01, 0.07)) * _noise(rng, _FAR_HEIGHT, _FAR_WIDTH)
-    )
-    return color * mottled[..., None]
+        along = x + (row % 2) * (step // 2)
+        joint = (y % (step // 2) < 2) | (along % step < 2)
+        pattern = 0.06 * np.sin(row * 7.3 + (along // step) * 12.9) - 0.25 * joint
+    mottled = 1 - pattern + rng.uniform(0.01, 0.07) * _noise(rng, _FAR_HEIGHT, _FAR_WIDTH)
+    return color * mottled.astype(np.float32)[..., None]
 
 
 def _spot(rng: np.random.Generator, width: tuple[int, int], height: tuple[int, int]) -> tuple[int, int, int, int]:
