@@ -34,7 +34,7 @@ fit: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "[test] running the tests (about 10 minutes on 2 cores)"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
