@@ -31,6 +31,7 @@ QUICK = [
     "--trainer.num_nodes=1",
     "--trainer.strategy=auto",
     "--trainer.enable_progress_bar=false",
+    "--trainer.check_val_every_n_epoch=1",
 ]
 
 
@@ -57,7 +58,7 @@ def run_fit(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("config", ONE_STAGE, ids=lambda p: p.name)
 def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_path):
-    steps = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"]
+    steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
     if "streaming: true" in config.read_text():
         steps.append("--data.init_args.clips_per_epoch=6")
     done = run_fit("-c", str(config), *TINY_NET, *QUICK, *tiny_data(tiny_shards), *steps, "--run_dir=run", cwd=tmp_path)
@@ -105,6 +106,30 @@ def test_mistakes_are_named_in_one_line(arguments, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = run_fit("-c", str(ROOT / "conf/encoder_tiny.yaml"), "--run_dir=file/run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cannot write to run_dir file/run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_processes_validate_to_the_same_numbers_as_one(tiny_shards, tmp_path):
+    """With a learning rate of nothing the weights stay: metrics can differ only by how clips are shared out."""
+    still = ["--model.init_args.optimizer.lr=1e-30", "--trainer.max_epochs=1", "--trainer.precision=32"]
+    metrics = []
+    for processes in (1, 2):
+        arguments = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), *still, "--data.init_args.val_batch_size=1"]
+        if processes == 2:
+            arguments += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=1"]
+        done = run_fit(
+            "-c", str(ROOT / "conf/encoder_tiny.yaml"), *arguments, f"--run_dir=run{processes}", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        metrics.append(json.loads((tmp_path / f"run{processes}/done.json").read_text())["metrics"])
+    assert "val/accel_m_s2" in metrics[0]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
 
 
 def test_print_config_shows_resolved_interpolations(tmp_path):
