@@ -78,16 +78,14 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch)
         # Row 0 belonged to the class token of the pre-trained network, which has none any more.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_tokens, dim))
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): Block(dim, heads, int(dim * mlp_ratio), drop_path=drop_path * i / max(1, depth - 1))
-                for i in range(depth)
-            }
-        )
+        blocks = [
+            Block(dim, heads, int(dim * mlp_ratio), drop_path=drop_path * i / max(1, depth - 1)) for i in range(depth)
+        ]
+        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(blocks)})
         self.last_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.apply(init_transformer_weights)
         self.patch_embed.proj.weight.data = whitening_filters(dim, patch)
-        for block in self.blocks.values():
+        for block in blocks:
             _start_block(block, depth)
         # Trained from there on. Started near zero instead, a small ViT takes many times longer to see where things are.
         self.pos_embed.data[:, 1:] = sinusoid_positions(rows, columns, dim)
@@ -109,7 +107,7 @@ class ViT(nn.Module):
         return self.last_norm(tokens)
 
 
-def _start_block(block: nn.Module, depth: int) -> None:
+def _start_block(block: Block, depth: int) -> None:
     """A better start than random for training from scratch on little data.
 
     Keys equal queries, so that a token first attends to itself and to what looks like it or lies beside it (in the
