@@ -1,4 +1,4 @@
-"""What the entry points share: a parser whose errors name the nearest key, and atomic writing."""
+"""What the entry points share: a parser whose errors name the nearest key."""
 
 from __future__ import annotations
 

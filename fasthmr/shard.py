@@ -17,7 +17,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -27,7 +26,7 @@ from fasthmr.body import load_body
 from fasthmr.data.shards import ClipStore, verify_shards, write_shards
 from fasthmr.data.sheet import contact_sheet
 from fasthmr.data.synth.source import SynthConfig, SynthSource
-from fasthmr.files import written_whole
+from fasthmr.files import write_png
 
 
 def build_parser() -> ArgumentParser:
@@ -85,9 +84,7 @@ def inspect_set(options: Namespace) -> int:
         )
     Console().print(table)
     if options.show:
-        sheet = cv2.cvtColor(contact_sheet(shown), cv2.COLOR_RGB2BGR)
-        with written_whole(Path(options.show)) as file:
-            file.write(cv2.imencode(".png", sheet)[1].tobytes())
+        write_png(Path(options.show), contact_sheet(shown))
         print(f"contact sheet written to {options.show}")
     return 0
 
