@@ -11,7 +11,7 @@ A file of `torch.save` (zip) that loads with `torch.load(weights_only=True)`: a 
 | `format_version` | 1 |
 | `kind` | `"encoder"` |
 | `config` | sizes of the network: `HMRConfig.as_dict()` |
-| `merge_plan` | layers that became one: merge events in order, keyed by original layer numbers; empty for none |
+| `merge_plan` | the events of the `LayerMergePlan`, in order: `[{"keep": 2, "drop": [3, 4]}, ...]`; empty for none |
 | `body` | `BodyModel.id` of the body that the rotations and betas belong to |
 | `weights_prefix` | which weights of `state_dict` to use: those whose names start with it. May be empty |
 
@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from fasthmr.files import written_whole
+from fasthmr.merging import LayerMergePlan
 from fasthmr.models.hmr import HMR, HMRConfig
 
 FORMAT_VERSION = 1
@@ -56,25 +57,25 @@ class EncoderHeader:
 
     format_version: int
     config: HMRConfig
-    merge_plan: list[dict[str, Any]]
+    merge_plan: LayerMergePlan
     body: str
     weights_prefix: str
 
 
-def encoder_header(config: HMRConfig, body_id: str, merge_plan: list[dict], weights_prefix: str) -> dict[str, Any]:
+def encoder_header(config: HMRConfig, body_id: str, merge_plan: LayerMergePlan, weights_prefix: str) -> dict[str, Any]:
     """The header to store under `HEADER_KEY` beside a `state_dict`.
 
     Args:
         config: sizes of the network.
         body_id: `BodyModel.id` of the body it was trained with.
-        merge_plan: merge events, plain data; [] for none.
+        merge_plan: which of its layers became one.
         weights_prefix: prefix of the weights to use in that state dict, e.g. "net.", "ema.module." or "".
     """
     return {
         "format_version": FORMAT_VERSION,
         "kind": _KIND,
         "config": config.as_dict(),
-        "merge_plan": [dict(event) for event in merge_plan],
+        "merge_plan": merge_plan.as_dict()["events"],
         "body": body_id,
         "weights_prefix": weights_prefix,
     }
@@ -94,7 +95,10 @@ def save_encoder(path: str | Path, hmr: HMR, body_id: str) -> None:
     path = Path(path)
     # Cloned, so that a tensor that is a view of a larger storage does not drag all of it into the file.
     weights = {name: tensor.detach().cpu().clone() for name, tensor in hmr.state_dict().items()}
-    content = {HEADER_KEY: encoder_header(hmr.config, body_id, merge_plan=[], weights_prefix=""), "state_dict": weights}
+    content = {
+        HEADER_KEY: encoder_header(hmr.config, body_id, hmr.merge_plan, weights_prefix=""),
+        "state_dict": weights,
+    }
     write_checkpoint(path, content)
 
 
@@ -123,13 +127,12 @@ def load_encoder(path: str | Path) -> HMR:
     path = Path(path)
     content = read_checkpoint(path)
     header = _header(path, content)
-    if header.merge_plan:
-        raise CheckpointError(f"{path} has merged layers, which this version cannot load: update fasthmr")
     _verify_checksums(path, weights=True)
     weights = _weights(path, content, header.weights_prefix)
     # Built without memory and filled after: random initial weights would cost time and move the global generator.
     with torch.device("meta"):
         hmr = HMR(header.config)
+        hmr.merge_layers(header.merge_plan)
     _require_same_tensors(path, expected=hmr.state_dict(), got=weights)
     hmr.to_empty(device="cpu")
     hmr.load_state_dict(weights)
@@ -180,7 +183,11 @@ def _header(path: Path, content: Mapping[str, Any]) -> EncoderHeader:
         config = HMRConfig.from_dict(raw["config"])
     except ValueError as error:
         raise CheckpointError(f"{path}: header field 'config': {error}") from error
-    return EncoderHeader(version, config, raw["merge_plan"], raw["body"], raw["weights_prefix"])
+    try:
+        plan = LayerMergePlan.from_dict({"depth": config.vit_depth, "events": raw["merge_plan"]})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header field 'merge_plan': {error}") from error
+    return EncoderHeader(version, config, plan, raw["body"], raw["weights_prefix"])
 
 
 def _weights(path: Path, content: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

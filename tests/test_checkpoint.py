@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fasthmr.checkpoint import CheckpointError, encoder_header, load_encoder, read_header, save_encoder
+from fasthmr.merging import LayerMergePlan
 from fasthmr.models.hmr import HMR, HMRConfig
 
 MICRO = HMRConfig(
@@ -50,7 +51,7 @@ def lightning_like(hmr: HMR, averaged: HMR, prefix: str) -> dict:
         "optimizer_states": [optimizer.state_dict()],
         "lr_schedulers": [{"last_epoch": 70}],
         "loops": {"fit_loop": {"state_dict": {}}},
-        "fasthmr": encoder_header(MICRO, BODY, [], prefix),
+        "fasthmr": encoder_header(MICRO, BODY, LayerMergePlan(MICRO.vit_depth), prefix),
     }
 
 
@@ -66,7 +67,12 @@ def test_round_trip(hmr, saved):
 
 def test_header(saved):
     header = read_header(saved)
-    assert (header.format_version, header.config, header.body, header.merge_plan) == (1, MICRO, BODY, [])
+    assert (header.format_version, header.config, header.body, header.merge_plan) == (
+        1,
+        MICRO,
+        BODY,
+        LayerMergePlan(MICRO.vit_depth),
+    )
 
 
 def test_the_file_is_plain_data(saved):
@@ -200,8 +206,9 @@ class TestRefused:
 
     def test_merged_layers(self, saved):
         edit(saved, lambda content: content["fasthmr"].update(merge_plan=[{"first": 1, "last": 2}]))
-        assert read_header(saved).merge_plan == [{"first": 1, "last": 2}]
-        with pytest.raises(CheckpointError, match="merged layers"):
+        with pytest.raises(
+            CheckpointError, match="header field 'merge_plan': a merge event has the keys keep and drop"
+        ):
             load_encoder(saved)
 
     def test_missing_unexpected_and_misshapen_weights(self, saved):

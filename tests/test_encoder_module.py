@@ -17,6 +17,7 @@ from fasthmr.data.batch import ClipBatch
 from fasthmr.lit.encoder import MergedEncoderModule, NonFiniteLossError
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer, decay_groups, warmup_cosine
 from fasthmr.losses import LossWeights, token_joint_loss
+from fasthmr.merging import LayerMergePlan
 from fasthmr.models.hmr import TOKEN_GRID, HMRConfig, HMROutput
 
 TINY = HMRConfig(
@@ -114,10 +115,14 @@ def test_checkpoint_holds_the_average_the_header_and_no_body(tmp_path):
 def test_a_checkpoint_of_another_body_or_size_is_refused():
     module = MergedEncoderModule(TINY)
     with pytest.raises(BodyMismatchError, match="other@0123"):
-        module.on_load_checkpoint({"fasthmr": encoder_header(TINY, "other@0123", [], "net.")})
+        module.on_load_checkpoint(
+            {"fasthmr": encoder_header(TINY, "other@0123", LayerMergePlan(TINY.vit_depth), "net.")}
+        )
     deeper = HMRConfig(**{**TINY.as_dict(), "vit_depth": 3})
     with pytest.raises(ValueError, match="vit_depth: 3 -> 2"):
-        module.on_load_checkpoint({"fasthmr": encoder_header(deeper, module.body.id, [], "net.")})
+        module.on_load_checkpoint(
+            {"fasthmr": encoder_header(deeper, module.body.id, LayerMergePlan(deeper.vit_depth), "net.")}
+        )
     with pytest.raises(ValueError, match="not written by fasthmr"):
         module.on_load_checkpoint({})
 

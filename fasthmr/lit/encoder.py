@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from fasthmr.data.batch import ClipBatch
 from fasthmr.geometry.cameras import crop_camera_translation, project
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.losses import HMRTarget, LossWeights, hmr_losses, token_joint_loss
+from fasthmr.merging import LayerMergePlan
 from fasthmr.metrics import PROTOCOLS, BestConstantError, PoseErrors
 from fasthmr.models.hmr import HMR, TOKEN_GRID, HMRConfig, HMROutput
 
@@ -66,12 +67,13 @@ class MergedEncoderModule(L.LightningModule):
             raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}, got {protocol!r}")
         self.net = HMR(net)
         if init_from is not None:
-            self.net.load_state_dict(load_encoder(init_from).state_dict())
+            start = load_encoder(init_from)
+            self.net.merge_layers(start.merge_plan)
+            self.net.load_state_dict(start.state_dict())
         # In training only: what is saved for use is `net`, HMR2.0's architecture and nothing else.
         self.token_joints = nn.Linear(net.vit_dim, len(JOINTS29)) if loss.token_joints > 0 else None
         self.ema = _averaged(self.net, ema_decay) if ema_decay is not None else None
         self.body = load_body(body)
-        self.merge_plan: list[dict] = []
         self.optimizer_config = optimizer
         self.loss_weights = loss
         self.seed = seed
@@ -82,6 +84,11 @@ class MergedEncoderModule(L.LightningModule):
     def best_net(self) -> nn.Module:
         """The weights to use: their moving average where there is one."""
         return self.ema.module if self.ema is not None else self.net
+
+    @property
+    def nets(self) -> list[HMR]:
+        """The network that trains, and its moving average where there is one: what is merged together."""
+        return [self.net] if self.ema is None else [self.net, cast(HMR, self.ema.module)]
 
     # ---- one batch ------------------------------------------------------------------------------------------------
 
@@ -149,7 +156,8 @@ class MergedEncoderModule(L.LightningModule):
             )
             parts = hmr_losses(output.rotations, output.betas, joints, joints2d, target, self.loss_weights)
         if self.token_joints is not None:
-            logits = self.token_joints(output.tokens)
+            # Back on the grid: places whose tokens were merged share one.
+            logits = self.token_joints(output.tokens).take_along_dim(output.slots[..., None], dim=1)
             parts["token_joints"] = token_joint_loss(logits, target.joints2d, target.valid, TOKEN_GRID)
             parts["total"] = parts["total"] + self.loss_weights.token_joints * parts["token_joints"]
         return parts
@@ -188,7 +196,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         prefix = "ema.module." if self.ema is not None else "net."
-        checkpoint["fasthmr"] = encoder_header(self.net.config, self.body.id, self.merge_plan, prefix)
+        checkpoint["fasthmr"] = encoder_header(self.net.config, self.body.id, self.net.merge_plan, prefix)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Called before the weights are loaded: refuse here with names instead of a list of tensor shapes later.
@@ -196,7 +204,10 @@ class MergedEncoderModule(L.LightningModule):
         if header is None:
             raise ValueError("the checkpoint was not written by fasthmr: it has no 'fasthmr' header")
         require_same_body(self.body.id, header["body"], where="the checkpoint")
-        ours, theirs = encoder_header(self.net.config, self.body.id, self.merge_plan, "")["config"], header["config"]
+        ours, theirs = (
+            encoder_header(self.net.config, self.body.id, self.net.merge_plan, "")["config"],
+            header["config"],
+        )
         changed = [
             f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)
         ]
@@ -205,6 +216,10 @@ class MergedEncoderModule(L.LightningModule):
                 f"the checkpoint is of another encoder ({'; '.join(changed)}): resume with its own config, "
                 "or start a new run with model.init_args.init_from"
             )
+        # Only the structure: the merged weights are among those that are loaded next.
+        plan = LayerMergePlan.from_dict({"depth": self.net.config.vit_depth, "events": header["merge_plan"]})
+        for net in self.nets:
+            net.merge_layers(plan)
 
 
 def subject_mask(batch: ClipBatch) -> Tensor:

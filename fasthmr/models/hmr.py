@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthmr.conventions import CROP_PX, NUM_JOINTS
 from fasthmr.geometry.boxes import TokenGrid
 from fasthmr.geometry.rotations import rotation_6d_to_matrix
+from fasthmr.merging import LayerMergePlan, MergedTokens, TokenMerging, collapse
 from fasthmr.models.smpl_head import MeanParameters, SMPLHead
 from fasthmr.models.vit import PATCH_PADDING_PX, ViT
 
@@ -47,6 +49,7 @@ class HMRConfig:
         drop_path: stochastic depth of the backbone's last layer in training, growing linearly from 0 at the first;
             HMR2.0 trains its ViT-H with 0.55.
         head_dropout: dropout in the head, in training.
+        token_merging: Mask-ToMe's settings; None merges no tokens.
 
     Raises:
         ValueError: a size is not a positive whole number, or does not fit another; names the field.
@@ -63,10 +66,13 @@ class HMRConfig:
     head_mlp_dim: int = 1024
     drop_path: float = 0.0
     head_dropout: float = 0.0
+    token_merging: TokenMerging | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "token_merging":
+                continue
             if field.name in ("drop_path", "head_dropout"):
                 valid, wanted = _is_number(value) and 0 <= value < 1, "a number in [0, 1)"
             elif field.name == "vit_mlp_ratio":
@@ -107,6 +113,12 @@ class HMRConfig:
             if key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown key {key!r} in an HMR config: did you mean {nearest!r}?")
+        merging = values.get("token_merging")
+        if isinstance(merging, Mapping):
+            names = [field.name for field in dataclasses.fields(TokenMerging)]
+            if odd := sorted(set(merging) - set(names)):
+                raise ValueError(f"unknown key {odd[0]!r} in token_merging; it may have: {', '.join(names)}")
+            values = {**values, "token_merging": TokenMerging(**merging)}
         return cls(**values)
 
 
@@ -120,6 +132,7 @@ class HMROutput(NamedTuple):
         camera: (B, 3) = (s, tx, ty); `fasthmr.geometry.cameras` turns it into a translation.
         pose6d: (B, 144) the 6D numbers that `rotations` are made of.
         tokens: (B, N, vit_dim) the backbone's, which the head reads; in the dtype that they were computed in.
+        slots: (B, 192) where in `tokens` each place of `TOKEN_GRID` is; some share one where tokens are merged.
     """
 
     feature: Tensor
@@ -128,10 +141,13 @@ class HMROutput(NamedTuple):
     camera: Tensor
     pose6d: Tensor
     tokens: Tensor
+    slots: Tensor
 
 
 class HMR(nn.Module):
     """HMR2.0 (Goel et al. 2023): ViT backbone and transformer head. It owns no body model.
+
+    `merge_plan` says which layers of the backbone became one; it is changed by `merge_layers` alone.
 
     Args:
         config: sizes.
@@ -141,6 +157,7 @@ class HMR(nn.Module):
     def __init__(self, config: HMRConfig, mean: MeanParameters | None = None) -> None:
         super().__init__()
         self.config = config
+        self.merge_plan = LayerMergePlan(config.vit_depth)
         self.backbone = ViT(
             dim=config.vit_dim,
             depth=config.vit_depth,
@@ -148,6 +165,7 @@ class HMR(nn.Module):
             mlp_ratio=config.vit_mlp_ratio,
             image=(CROP_PX, CROP_PX - 2 * SIDE_COLUMNS_PX),
             drop_path=config.drop_path,
+            token_merging=config.token_merging,
         )
         self.smpl_head = SMPLHead(
             dim=config.head_dim,
@@ -160,18 +178,33 @@ class HMR(nn.Module):
             mean=mean,
         )
 
+    def merge_layers(self, plan: LayerMergePlan) -> None:
+        """Merge the backbone's layers, in place, by the events of `plan` that follow those merged already.
+
+        Layers that stay keep their names and their parameters' identity.
+
+        Raises:
+            ValueError: `plan` does not continue `merge_plan`, or leaves too few layers for token merging; nothing was
+                changed.
+        """
+        events = plan.after(self.merge_plan)
+        self.backbone.tokens_merged(len(plan.layers))
+        for event in events:
+            collapse(self.backbone.blocks, event)
+        self.merge_plan = plan
+
     def forward(self, images: Tensor, person_mask: Tensor | None = None, camera: object | None = None) -> HMROutput:
         """Predict each crop.
 
         Args:
             images: (B, 3, 256, 256) RGB, normalised with `conventions.IMAGE_MEAN` and `IMAGE_STD`; only the middle 192
                 columns are used.
-            person_mask: (B, 256, 256) bool in the same crop: guides token merging. Checked, but not used by a model
-                whose tokens are not merged.
+            person_mask: (B, 256, 256) bool in the same crop: protects the person where tokens are merged by mask,
+                and is needed there. Checked, but not used, otherwise.
             camera: what CameraHMR conditions on (box, image size, intrinsics); HMR2.0 takes none.
 
         Raises:
-            ValueError: a shape or type is wrong, or `camera` was given.
+            ValueError: a shape or type is wrong, `camera` was given, or the mask that the model needs was not.
         """
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, CROP_PX, CROP_PX) or not images.is_floating_point():
             raise ValueError(
@@ -183,11 +216,45 @@ class HMR(nn.Module):
         if camera is not None:
             raise ValueError("this model is HMR2.0's and takes no camera, got one: pass camera=None")
 
-        tokens = self.backbone(middle_columns(images))
-        decoded = self.smpl_head(tokens)
-        with torch.autocast(images.device.type, enabled=False):
+        state = self.backbone(middle_columns(images), self.person_tokens(person_mask))
+        return self.read_out(state)
+
+    def person_tokens(self, person_mask: Tensor | None) -> Tensor | None:
+        """(B, 256, 256) bool -> (B, 192) bool, which tokens merging protects; None where it protects none.
+
+        Raises:
+            ValueError: the model merges tokens by mask and there is none.
+        """
+        settings = self.config.token_merging
+        if settings is None or settings.mask == "none":
+            return None
+        if person_mask is None:
+            raise ValueError(
+                "this model merges tokens by person mask and got none: pass person_mask, or build it with "
+                "token_merging.mask = 'none'"
+            )
+        return token_mask(person_mask, settings.person_share)
+
+    def read_out(self, state: MergedTokens) -> HMROutput:
+        """Decode the backbone's tokens."""
+        decoded = self.smpl_head(state.tokens)
+        with torch.autocast(state.tokens.device.type, enabled=False):
             rotations = rotation_6d_to_matrix(decoded.pose6d.unflatten(-1, (NUM_JOINTS, 6)))
-        return HMROutput(decoded.feature, rotations, decoded.betas, decoded.camera, decoded.pose6d, tokens)
+        return HMROutput(
+            decoded.feature, rotations, decoded.betas, decoded.camera, decoded.pose6d, state.tokens, state.slots
+        )
+
+
+def token_mask(person_mask: Tensor, share: float) -> Tensor:
+    """Which tokens of `TOKEN_GRID` show the person: (B, 256, 256) bool -> (B, 192) bool, row by row.
+
+    A token does if at least `share` of its patch is person, and any of it. Padding counts as background.
+    """
+    grid = TOKEN_GRID
+    padded = F.pad(person_mask.float(), (0, 0, -grid.top_px, 0))
+    seen = padded[:, : grid.rows * grid.patch_px, grid.left_px : grid.left_px + grid.columns * grid.patch_px]
+    area = F.avg_pool2d(seen[:, None], grid.patch_px).flatten(1)
+    return (area >= share) & (area > 0)
 
 
 def middle_columns(crops: Tensor) -> Tensor:

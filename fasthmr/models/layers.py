@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention: (B, H, M, K), (B, H, N, K), (B, H, N, K) -> (B, H, M, K)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention: (B, H, M, K), (B, H, N, K), (B, H, N, K) -> (B, H, M, K).
+
+    `bias`, which broadcasts to (B, H, M, N), is added to the logits.
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # Torch's fused CPU kernel does its products in float32. Plain bf16 products of 192 tokens take a third of its
         # time, forward and backward together (measured on an EPYC with avx512_bf16, torch 2.13).
-        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT
+        return (logits if bias is None else logits + bias).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class SelfAttention(nn.Module):
@@ -35,11 +39,25 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads * head_dim, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, tokens: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); as `with_keys`."""
+        return self.with_keys(tokens, sizes)[0]
+
+    def with_keys(self, tokens: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention, and the keys that it compared.
+
+        Args:
+            tokens: (B, N, D).
+            sizes: (B, N) how many tokens each stands for: it gets as much attention as these would ("proportional
+                attention" of ToMe); None: as one.
+
+        Returns:
+            (B, N, D), and the keys (B, H, N, K).
+        """
         # Views, not copies: the fused attention kernels read heads with strides.
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        bias = None if sizes is None else sizes.log()[:, None, None].to(q.dtype)
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2)), k
 
 
 class CrossAttention(nn.Module):

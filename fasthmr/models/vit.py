@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from fasthmr.merging import MergedTokens, TokenMerging, merge_tokens
 from fasthmr.models.layers import DropPath, FeedForward, SelfAttention, init_transformer_weights
 
 NORM_EPS = 1e-6
@@ -27,10 +30,20 @@ class Block(nn.Module):
         self.mlp = FeedForward(dim, mlp_dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D), for any N."""
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+    def forward(self, tokens: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), for any N; `sizes` (B, N) for proportional attention."""
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), sizes))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+    def forward_merging(self, state: MergedTokens, num_merged: int, settings: TokenMerging) -> MergedTokens:
+        """The same with tokens merged between attention and feed-forward network: only this place gives the MACs of
+        FastHMR, Tab. 12."""
+        sizes = state.sizes if settings.proportional_attention else None
+        attended, keys = self.attn.with_keys(self.norm1(state.tokens), sizes)
+        tokens = state.tokens + self.drop_path(attended)
+        metric = keys.mean(1) if settings.metric == "keys" else tokens
+        merged = merge_tokens(tokens, metric, state.is_person, num_merged, state.sizes, settings.average, state.slots)
+        return merged._replace(tokens=merged.tokens + self.drop_path(self.mlp(self.norm2(merged.tokens))))
 
 
 class PatchEmbed(nn.Module):
@@ -59,6 +72,10 @@ class ViT(nn.Module):
         image: height and width of the input, px.
         patch: side of a patch, px.
         drop_path: probability of dropping a branch of the last layer; it grows linearly from 0 at the first layer.
+        token_merging: Mask-ToMe in the first layers that are left; None merges no tokens.
+
+    Raises:
+        ValueError: `token_merging` cannot be done with so many tokens and layers.
     """
 
     def __init__(
@@ -70,11 +87,14 @@ class ViT(nn.Module):
         image: tuple[int, int] = (256, 192),
         patch: int = 16,
         drop_path: float = 0.0,
+        token_merging: TokenMerging | None = None,
     ) -> None:
         super().__init__()
         rows, columns = ((side + 2 * PATCH_PADDING_PX - patch) // patch + 1 for side in image)
         self.image = image
         self.num_tokens = rows * columns
+        self.token_merging = token_merging
+        self.tokens_merged(depth)  # refuses what cannot be done
         self.patch_embed = PatchEmbed(dim, patch)
         # Row 0 belonged to the class token of the pre-trained network, which has none any more.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_tokens, dim))
@@ -99,12 +119,44 @@ class ViT(nn.Module):
         # The class token's position is added to every token as a constant: the weights were trained with it.
         return self.patch_embed(images) + (self.pos_embed[:, 1:] + self.pos_embed[:, :1])
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Tokens after the last norm: (B, 3, H, W) normalised -> (B, N, D), row by row."""
-        tokens = self.embed(images)
-        for block in self.blocks.values():
-            tokens = block(tokens)
-        return self.last_norm(tokens)
+    def forward(self, images: Tensor, is_person: Tensor | None = None) -> MergedTokens:
+        """Tokens after the last norm.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            is_person: (B, N) bool, tokens that token merging protects; None protects none.
+
+        Returns:
+            (B, N, D) tokens, row by row unless they are merged, and where each original one is.
+        """
+        state = MergedTokens.start(self.embed(images), is_person)
+        return self.finish(self.run(state, self.layers))
+
+    def run(self, state: MergedTokens, blocks: Sequence[Block], first: int = 0) -> MergedTokens:
+        """From the input of layer `first` to the output of the last of `blocks`, which are all layers of the network:
+        ours, or others in their place."""
+        merged = self.tokens_merged(len(blocks))
+        settings = self.token_merging
+        for number, block in enumerate(blocks[first:], first):
+            if settings is not None and number < len(merged):
+                state = block.forward_merging(state, merged[number], settings)
+            else:
+                sizes = state.sizes if settings is not None and settings.proportional_attention else None
+                state = state._replace(tokens=block(state.tokens, sizes))
+        return state
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks that are left, front to back."""
+        return cast(list[Block], list(self.blocks.values()))
+
+    def finish(self, state: MergedTokens) -> MergedTokens:
+        """The last norm."""
+        return state._replace(tokens=self.last_norm(state.tokens))
+
+    def tokens_merged(self, depth: int) -> tuple[int, ...]:
+        """How many tokens each of the first of `depth` layers merges; ValueError if these are too few."""
+        return () if self.token_merging is None else self.token_merging.schedule(self.num_tokens, depth)
 
 
 def _start_block(block: Block, depth: int) -> None:
