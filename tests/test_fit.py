@@ -86,7 +86,7 @@ def test_recipe_runs_its_stages_and_skips_finished_ones(tiny_shards, tmp_path):
     again = run_fit(*recipe_arguments(tiny_shards), cwd=tmp_path)
     assert again.returncode == 0 and "finished earlier" in again.stdout
     other = run_fit(*recipe_arguments(tiny_shards), "--encoder.model.init_args.ema_decay=0.5", cwd=tmp_path)
-    assert other.returncode == 2 and "model.init_args.ema_decay: 0.99 -> 0.5" in other.stderr
+    assert other.returncode == 2 and "model.init_args.ema_decay: 0.998 -> 0.5" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,13 @@ def test_ctrl_c_ends_soon_and_the_next_start_goes_on(folder: Path, tmp_path: Pat
     command = [sys.executable, "tests/shard_sources.py", str(tmp_path), "--workers", "2", "--delay", "0.5"]
     root = Path(__file__).parent.parent
     writer = subprocess.Popen(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": "."}, start_new_session=True, stderr=subprocess.DEVNULL
+        command,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": "."},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        # A shell that runs these tests in the background has told them to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: list(tmp_path.glob("*.idx")) and list(tmp_path.glob(".*.tmp")))
     os.killpg(writer.pid, signal.SIGINT)  # a terminal sends it to all processes of the command

@@ -132,12 +132,14 @@ class ViT(nn.Module):
         state = MergedTokens.start(self.embed(images), is_person)
         return self.finish(self.run(state, self.layers))
 
-    def run(self, state: MergedTokens, blocks: Sequence[Block], first: int = 0) -> MergedTokens:
-        """From the input of layer `first` to the output of the last of `blocks`, which are all layers of the network:
-        ours, or others in their place."""
+    def run(self, state: MergedTokens, blocks: Sequence[Block], first: int = 0, end: int | None = None) -> MergedTokens:
+        """From the input of layer `first` to that of layer `end` (None: to the output of the last one).
+
+        `blocks` are all layers of the network: ours, or others in their place.
+        """
         merged = self.tokens_merged(len(blocks))
         settings = self.token_merging
-        for number, block in enumerate(blocks[first:], first):
+        for number, block in enumerate(blocks[first:end], first):
             if settings is not None and number < len(merged):
                 state = block.forward_merging(state, merged[number], settings)
             else:

@@ -1,0 +1,244 @@
+"""Calibration: the error of an encoder under a merge plan, on fixed frames of a set of clips."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasthmr.body import BodyModel
+from fasthmr.conventions import MASK_SUBJECT, NUM_JOINTS
+from fasthmr.data.batch import ClipBatch, collate
+from fasthmr.data.shards import ClipStore
+from fasthmr.data.transforms import Augmentation, make_sample
+from fasthmr.files import write_text
+from fasthmr.merging import LayerMergePlan, MergedTokens, merge_blocks
+from fasthmr.metrics import PROTOCOLS, PoseErrors
+from fasthmr.models.hmr import HMR, middle_columns
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Frames of clips, one batch a clip.
+
+    Attributes:
+        clips: batches of one clip each, T frames spread evenly over it.
+        id: says which frames of which data these are.
+    """
+
+    clips: tuple[ClipBatch, ...]
+    id: str
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are, on this rank."""
+        return sum(clip.valid.numel() for clip in self.clips)
+
+    @classmethod
+    def read(
+        cls,
+        folder: str | Path,
+        body_id: str,
+        frames_per_clip: int = 80,
+        max_clips: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> CalibrationSet:
+        """Read shards into memory (0.26 MB a frame).
+
+        Args:
+            folder: a finished set of clips.
+            body_id: of the model to calibrate.
+            frames_per_clip: frames spread evenly over each clip; all of a shorter one.
+            max_clips: take so many clips, spread evenly over the set; None: all.
+            rank, world_size: this process takes every `world_size`-th clip.
+
+        Raises:
+            ShardError: no finished set of shards, or a damaged one.
+            BodyMismatchError: labels of another body.
+            ValueError: a number out of range, or a set without a frame that has a pose label.
+        """
+        for name, value in (("frames_per_clip", frames_per_clip), ("max_clips", max_clips)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        store = ClipStore(folder)
+        store.require_body(body_id)
+        chosen = np.linspace(0, len(store) - 1, min(max_clips or len(store), len(store))).round().astype(int)
+        if not any((clip.valid & clip.has_pose[:, None]).any() for clip in map(_labels_of(store), chosen[:16])):
+            raise ValueError(f"{folder} has no pose labels to measure errors with: calibrate on a set that has")
+        clips = tuple(_spread(store, int(i), frames_per_clip) for i in chosen[rank::world_size])
+        shards = json.dumps([store.manifest.shards, [int(i) for i in chosen], frames_per_clip], sort_keys=True)
+        return cls(clips, hashlib.sha256(shards.encode()).hexdigest()[:16])
+
+
+def _labels_of(store: ClipStore) -> Callable[[int], ClipBatch]:
+    return lambda index: _spread(store, int(index), 2)
+
+
+def _spread(store: ClipStore, index: int, frames: int) -> ClipBatch:
+    clip = store[index]
+    chosen = np.linspace(0, len(clip.frames) - 1, min(frames, len(clip.frames))).round().astype(int)
+    return collate([make_sample(clip, chosen, np.random.default_rng(0), Augmentation.off())])
+
+
+class PlanErrors:
+    """MPJPE of an encoder under a plan, over a calibration set: `errors(plan) -> mm`.
+
+    A search changes the last layers first, and what comes before the first changed layer stays as it is: its output
+    is kept, for as many layers as fit into `cache_gb`, so that an evaluation computes little more than what changed.
+    The weights must not change while this lives. With several ranks, each holds its share of the clips and all must ask
+    for the same plans.
+
+    Args:
+        hmr: the encoder, which may be merged already; a plan's layer i is its i-th remaining one.
+        body: that the labels belong to.
+        calibration: frames and labels.
+        protocol: name of the evaluation protocol; one that regresses joints is not supported.
+        cache_gb: memory for the layers' outputs; 0 keeps nothing.
+        precision: "bf16" or "32".
+    """
+
+    def __init__(
+        self,
+        hmr: HMR,
+        body: BodyModel,
+        calibration: CalibrationSet,
+        protocol: str = "body-24",
+        cache_gb: float = 4.0,
+        precision: str = "bf16",
+    ) -> None:
+        if precision not in ("bf16", "32"):
+            raise ValueError(f"precision must be 'bf16' or '32', got {precision!r}")
+        if cache_gb < 0:
+            raise ValueError(f"cache_gb must be 0 or more, got {cache_gb}")
+        self.hmr, self.body, self.calibration = hmr, body, calibration
+        self.device = hmr.smpl_head.init_cam.device
+        self.errors = PoseErrors(PROTOCOLS[protocol]).to(self.device)
+        self.autocast = precision == "bf16"
+        self.depth = len(hmr.backbone.blocks)
+        token_bytes = 4 * hmr.config.vit_dim * hmr.backbone.num_tokens
+        fits = int(cache_gb * 1e9 // max(1, token_bytes * calibration.frames))
+        # Layers whose inputs are kept, evenly spread; the last one can never be the first that changes.
+        self.kept = sorted({int(layer) for layer in np.linspace(0, self.depth - 1, min(fits, self.depth)).round()})
+        self._cache: list[dict[int, MergedTokens]] | None = None
+
+    @torch.inference_mode()
+    def __call__(self, plan: LayerMergePlan) -> float:
+        """MPJPE of the encoder under a plan for its layers, mm.
+
+        Raises:
+            ValueError: the plan is for another number of layers, or leaves too few for token merging.
+        """
+        was_training = self.hmr.training
+        self.hmr.eval()
+        try:
+            blocks = list(merge_blocks(self.hmr.backbone.layers, plan))
+            first = min((event.keep for event in plan.events), default=self.depth)
+            if self._cache is None:
+                self._cache = [self._fill(clip) for clip in self.calibration.clips]
+            self.errors.reset()
+            for clip, states in zip(self.calibration.clips, self._cache, strict=True):
+                start = max((layer for layer in states if layer <= first), default=None)
+                with self._amp():
+                    state = self._embed(clip) if start is None else states[start]
+                    state = self.hmr.backbone.run(state, blocks, start or 0)  # type: ignore[arg-type]
+                    output = self.hmr.read_out(self.hmr.backbone.finish(state))
+                self._add(clip, output.rotations, output.betas)
+            return float(self.errors.compute()["mpjpe_mm"])
+        finally:
+            self.hmr.train(was_training)
+
+    @torch.inference_mode()
+    def token_features(self, samples: int = 1024, seed: int = 0) -> list[Tensor]:
+        """Outputs of every layer, un-merged, at the same random tokens: `depth` tensors (samples, D), float32, on the
+        CPU; for `linear_cka`. Token merging is left out, since merged tokens have no counterpart."""
+        per_clip = -(-samples // max(1, len(self.calibration.clips)))
+        generator = torch.Generator().manual_seed(seed)
+        features: list[list[Tensor]] = [[] for _ in range(self.depth)]
+        was_training = self.hmr.training
+        self.hmr.eval()
+        for clip in self.calibration.clips:
+            with self._amp():
+                tokens = self._embed(clip).tokens
+                chosen = torch.randint(tokens.shape[0] * tokens.shape[1], (per_clip,), generator=generator)
+                for number, block in enumerate(self.hmr.backbone.layers):
+                    tokens = block(tokens)
+                    features[number].append(tokens.flatten(0, 1)[chosen.to(tokens.device)].float().cpu())
+        self.hmr.train(was_training)
+        return [torch.cat(layer)[:samples] for layer in features]
+
+    def _fill(self, clip: ClipBatch) -> dict[int, MergedTokens]:
+        states: dict[int, MergedTokens] = {}
+        if not self.kept:
+            return states
+        with self._amp():
+            state, layers = self._embed(clip), self.hmr.backbone.layers
+            for layer in range(self.kept[-1] + 1):
+                if layer in self.kept:
+                    states[layer] = state
+                state = self.hmr.backbone.run(state, layers, layer, layer + 1)
+        return states
+
+    def _embed(self, clip: ClipBatch) -> MergedTokens:
+        images = middle_columns(clip.network_input()).to(self.device)
+        person = self.hmr.person_tokens(_subject(clip).to(self.device))
+        return MergedTokens.start(self.hmr.backbone.embed(images), person)
+
+    def _add(self, clip: ClipBatch, rotations: Tensor, betas: Tensor) -> None:
+        frames = clip.valid.numel()
+        if self.errors.protocol.average_betas:
+            betas = betas.mean(0, keepdim=True).expand(frames, -1)
+        pose, shape = clip.rotations.flatten(0, 1).to(self.device), clip.betas.expand(frames, -1).to(self.device)
+        self.errors.update(
+            pred_joints=self.body.joints29(rotations, betas)[None, :, :NUM_JOINTS],
+            target_joints=self.body.joints29(pose, shape)[None, :, :NUM_JOINTS],
+            pred_vertices=None,
+            target_vertices=None,
+            valid=(clip.valid & clip.has_pose[:, None]).to(self.device),
+            fps=clip.fps,
+        )
+
+    def _amp(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+
+def _subject(clip: ClipBatch) -> Tensor:
+    return (clip.masks == MASK_SUBJECT).flatten(0, 1)
+
+
+class RememberedErrors:
+    """An error function that writes down what it evaluated, so that an interrupted search goes on where it was.
+
+    Args:
+        error: the error function.
+        file: where to remember, JSON; written after each evaluation, whole.
+        fingerprint: of everything that the errors depend on but the plan; a file of another one is an error.
+
+    Raises:
+        ValueError: the file remembers errors of something else, or is none of ours.
+    """
+
+    def __init__(self, error: Callable[[LayerMergePlan], float], file: Path, fingerprint: str) -> None:
+        self.error, self.file, self.fingerprint = error, file, fingerprint
+        self.remembered: dict[str, float] = {}
+        if file.exists():
+            content = json.loads(file.read_text())
+            if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
+                raise ValueError(
+                    f"{file} remembers a search of other weights, data or settings: remove it, or choose another --out"
+                )
+            self.remembered = dict(content["errors_mm"])
+
+    def __call__(self, plan: LayerMergePlan) -> float:
+        """Error of a plan, mm, remembered or evaluated now."""
+        key = plan.as_json()
+        if key not in self.remembered:
+            self.remembered[key] = self.error(plan)
+            write_text(self.file, json.dumps({"fingerprint": self.fingerprint, "errors_mm": self.remembered}, indent=1))
+        return self.remembered[key]
