@@ -34,8 +34,8 @@ class MergedEncoderModule(L.LightningModule):
     The net works frame by frame; a batch of B clips with T frames is B*T independent frames in training. In validation
     each clip is a sequence, because the acceleration error needs consecutive frames.
 
-    Its merge plan says which layers of `net` became one; it is empty until layers are merged, is saved in every
-    checkpoint, and is the structure that a checkpoint is restored to.
+    `net.merge_plan` says which of its layers became one; it is saved in every checkpoint, and is the structure that a
+    checkpoint is restored to.
 
     Args:
         net: sizes of the encoder.
@@ -89,6 +89,14 @@ class MergedEncoderModule(L.LightningModule):
     def nets(self) -> list[HMR]:
         """The network that trains, and its moving average where there is one: what is merged together."""
         return [self.net] if self.ema is None else [self.net, cast(HMR, self.ema.module)]
+
+    @property
+    def _trained(self) -> nn.Module:
+        return nn.ModuleList(m for m in (self.net, self.token_joints) if m is not None)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser is to hold."""
+        return [p for p in self._trained.parameters() if p.requires_grad]
 
     # ---- one batch ------------------------------------------------------------------------------------------------
 
@@ -174,8 +182,7 @@ class MergedEncoderModule(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total) or total <= 0:
             raise ValueError("the schedule needs a length: set trainer.max_steps or trainer.max_epochs")
-        trained = nn.ModuleList(m for m in (self.net, self.token_joints) if m is not None)
-        optimizer, scheduler = build_optimizer(trained, self.optimizer_config, int(total))
+        optimizer, scheduler = build_optimizer(self._trained, self.optimizer_config, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:

@@ -193,6 +193,17 @@ class HMR(nn.Module):
             collapse(self.backbone.blocks, event)
         self.merge_plan = plan
 
+    def set_token_merging(self, settings: TokenMerging | None) -> None:
+        """Merge tokens like this from now on; None merges none.
+
+        Raises:
+            ValueError: it cannot be done with the layers that are left; nothing was changed.
+        """
+        if settings is not None:
+            settings.schedule(self.backbone.num_tokens, len(self.backbone.blocks))
+        self.config = dataclasses.replace(self.config, token_merging=settings)
+        self.backbone.token_merging = settings
+
     def forward(self, images: Tensor, person_mask: Tensor | None = None, camera: object | None = None) -> HMROutput:
         """Predict each crop.
 

@@ -1,0 +1,109 @@
+"""Pictures of reports, drawn with matplotlib."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fasthmr.files import written_whole
+from fasthmr.merging import LayerMergePlan
+
+
+def draw_merge_report(report: dict[str, Any], file: Path) -> None:
+    """Draw what `fasthmr.merge` found: the search, the plan, similarity of layers (FastHMR, Fig. 2), and the cost.
+
+    Args:
+        report: as `fasthmr.merge.merge` returns it.
+        file: PNG to write, whole or not at all.
+    """
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    search, similarity, plan, cost = figure.subplots(2, 2).flat
+    _draw_search(search, report)
+    _draw_similarity(similarity, np.array(report["cka"]))
+    draw_plan(plan, LayerMergePlan.from_dict(report["plan"]))
+    _draw_cost(cost, report)
+    save_figure(figure, file)
+
+
+def draw_plan(axes: Axes, plan: LayerMergePlan) -> None:
+    """Draw original layers as boxes, and those that became one in one colour under a common bar."""
+    start = 0
+    for number, size in enumerate(plan.group_sizes):
+        color = f"C{number % 10}" if size > 1 else "0.75"
+        for layer in range(start, start + size):
+            axes.add_patch(_box(layer, 1, color))
+            axes.text(layer + 0.5, 1.45, str(layer), ha="center", va="center", fontsize=8)
+        axes.add_patch(_box(start, 0, color, size))
+        if size > 1:
+            axes.text(start + size / 2, 0.45, f"{size} in one", ha="center", va="center", fontsize=8)
+        start += size
+    axes.set(xlim=(0, plan.depth), ylim=(-0.1, 2), yticks=[0.45, 1.45], yticklabels=["merged", "original"], xticks=[])
+    axes.set_title(f"{plan.depth} layers -> {len(plan.layers)}")
+    for side in ("top", "right", "bottom", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    with written_whole(file) as out:
+        out.write(buffer.getvalue())
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """The figure as (H, W, 3) uint8 RGB."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _box(x: float, y: float, color: str, width: float = 1.0) -> Any:
+    from matplotlib.patches import FancyBboxPatch
+
+    return FancyBboxPatch((x + 0.1, y), width - 0.2, 0.9, boxstyle="round,pad=0,rounding_size=0.1", color=color)
+
+
+def _draw_search(axes: Axes, report: dict[str, Any]) -> None:
+    steps = report["steps"]
+    base, tau = report["base_mpjpe_mm"], report["tau_mm"]
+    values = [step["mpjpe_mm"] for step in steps]
+    colors = ["C2" if step["accepted"] else "C3" for step in steps]
+    axes.scatter(range(len(steps)), values, c=colors, zorder=3)
+    axes.plot(values, color="0.7", zorder=2)
+    axes.axhline(base, color="0.3", linewidth=1)
+    axes.axhline(base + tau, color="0.3", linewidth=1, linestyle="--")
+    axes.set_title(f"search, tau = {tau:g} mm (green: accepted)")
+    axes.set(xlabel="plan tried", ylabel=f"MPJPE, mm ({report['protocol']})")
+    axes.grid(alpha=0.3)
+
+
+def _draw_similarity(axes: Axes, cka: np.ndarray) -> None:
+    image = axes.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower")
+    axes.set_title("similarity of layers (linear CKA of token features)")
+    axes.set(xlabel="layer", ylabel="layer")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _draw_cost(axes: Axes, report: dict[str, Any]) -> None:
+    before, after, speed = report["cost"]["before"], report["cost"]["after"], report["frames_per_s"]
+    rows = [
+        ("MPJPE, mm", f"{report['base_mpjpe_mm']:.2f}", f"{report['final_mpjpe_mm']:.2f}"),
+        ("layers", str(before["layers"]), str(after["layers"])),
+        ("tokens", str(before["tokens"]), str(after["tokens"])),
+        ("parameters, M", f"{before['params'] / 1e6:.2f}", f"{after['params'] / 1e6:.2f}"),
+        ("multiply-adds, G (thop)", f"{before['macs_thop'] / 1e9:.2f}", f"{after['macs_thop'] / 1e9:.2f}"),
+        ("multiply-adds, G (all)", f"{before['macs_all'] / 1e9:.2f}", f"{after['macs_all'] / 1e9:.2f}"),
+        (f"frames/s ({speed['device']}, batch {speed['batch']})", f"{speed['before']:.1f}", f"{speed['after']:.1f}"),
+    ]
+    axes.axis("off")
+    table = axes.table([list(row) for row in rows], colLabels=["", "before", "after"], loc="center", cellLoc="right")
+    table.auto_set_column_width([0, 1, 2])
+    table.scale(1, 1.5)
