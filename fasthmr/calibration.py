@@ -28,17 +28,14 @@ class CalibrationSet:
     """Frames of clips, one batch a clip.
 
     Attributes:
-        clips: batches of one clip each, T frames spread evenly over it.
+        clips: batches of one clip each, T frames spread evenly over it; of this rank.
+        frames: how many frames there are, on all ranks.
         id: says which frames of which data these are.
     """
 
     clips: tuple[ClipBatch, ...]
+    frames: int
     id: str
-
-    @property
-    def frames(self) -> int:
-        """How many frames there are, on this rank."""
-        return sum(clip.valid.numel() for clip in self.clips)
 
     @classmethod
     def read(
@@ -74,7 +71,9 @@ class CalibrationSet:
             raise ValueError(f"{folder} has no pose labels to measure errors with: calibrate on a set that has")
         clips = tuple(_spread(store, int(i), frames_per_clip) for i in chosen[rank::world_size])
         shards = json.dumps([store.manifest.shards, [int(i) for i in chosen], frames_per_clip], sort_keys=True)
-        return cls(clips, hashlib.sha256(shards.encode()).hexdigest()[:16])
+        lengths = [length for _, length in store.lengths()]
+        frames = sum(min(frames_per_clip, lengths[i]) for i in chosen)
+        return cls(clips, frames, hashlib.sha256(shards.encode()).hexdigest()[:16])
 
 
 def _labels_of(store: ClipStore) -> Callable[[int], ClipBatch]:
@@ -123,7 +122,8 @@ class PlanErrors:
         self.autocast = precision == "bf16"
         self.depth = len(hmr.backbone.blocks)
         token_bytes = 4 * hmr.config.vit_dim * hmr.backbone.num_tokens
-        fits = int(cache_gb * 1e9 // max(1, token_bytes * calibration.frames))
+        here = sum(clip.valid.numel() for clip in calibration.clips)
+        fits = int(cache_gb * 1e9 // max(1, token_bytes * here))
         # Layers whose inputs are kept, evenly spread; the last one can never be the first that changes.
         self.kept = sorted({int(layer) for layer in np.linspace(0, self.depth - 1, min(fits, self.depth)).round()})
         self._cache: list[dict[int, MergedTokens]] | None = None

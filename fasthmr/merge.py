@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,8 +104,10 @@ def merge(options: Namespace) -> dict[str, Any]:
         _fingerprint(path, frames, options),
     )
     steps: list[SearchStep] = []
+    start = time.perf_counter()
     with tqdm(total=depth, unit="plan", desc="searching", disable=rank != 0) as bar:
         found = _search(given, depth, remembered, options, _watch(bar, steps))
+    seconds = time.perf_counter() - start
     plan = hmr.merge_plan.then(found)
     merged = _merged(hmr, plan, tokens)  # refuses too few layers
     last = PlanErrors(merged, body, frames, options.protocol, 0.0, options.precision)(
@@ -113,7 +116,7 @@ def merge(options: Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "checkpoint": str(path),
         "data": options.data,
-        "calibration_frames": frames.frames * world_size if world_size == 1 else None,
+        "calibration_frames": frames.frames,
         "protocol": options.protocol,
         "tau_mm": options.tau,
         "plan": plan.as_dict(),
@@ -123,6 +126,7 @@ def merge(options: Namespace) -> dict[str, Any]:
         "layers_merged_mpjpe_mm": remembered(found),
         "final_mpjpe_mm": last,
         "steps": [{"groups": list(s.plan.group_sizes), "mpjpe_mm": s.error_mm, "accepted": s.accepted} for s in steps],
+        "search": {"evaluations": len(steps), "seconds": seconds, "layers_kept": errors.kept},
         "commits": _commits(found, remembered),
         "cka": linear_cka(errors.token_features()).tolist(),
         "cost": {
@@ -222,6 +226,9 @@ def _print(report: dict[str, Any], out: Path) -> None:
         f"frames/s, batch {speed['batch']}, {speed['device']}", f"{speed['before']:.1f}", f"{speed['after']:.1f}"
     )
     Console().print(table)
+    search = report["search"]
+    rate = search["evaluations"] / max(search["seconds"], 1e-9)
+    print(f"{search['evaluations']} plans on {report['calibration_frames']} frames, {rate:.2f} plans/s")
     print(f"written: {out}.ckpt {out}.json {out}.png")
 
 
