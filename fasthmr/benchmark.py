@@ -1,17 +1,25 @@
-"""How fast this machine renders, reads and trains: `python -m fasthmr.benchmark [--seconds 10]`.
+"""How fast this machine is: `python -m fasthmr.benchmark [--seconds 10]` and `python -m fasthmr.benchmark encoder`.
 
-Prints frames/s of the synthetic renderer (one core), of reading shards into network inputs (one core), and of training
-steps of the tiny encoder (all cores), and the share of its time that training waits for data.
+The first prints frames/s of the synthetic renderer (one core), of reading shards into network inputs (one core), and of
+training steps of the tiny encoder (all cores), and the share of its time that training waits for data.
+
+The second prints what encoders cost and how fast they are, measured in turn: those of checkpoints, or HMR2.0's size
+with random weights as it is, with layers merged, and with tokens merged besides.
+
+    python -m fasthmr.benchmark encoder                                 HMR2.0's size (needs 9 GB of memory)
+    python -m fasthmr.benchmark encoder best.ckpt best-merged.ckpt --batch 1 8 64
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,12 +27,17 @@ from rich.table import Table
 
 from datamodules.clips import ClipDataModule
 from fasthmr.body import load_body
+from fasthmr.checkpoint import load_encoder
+from fasthmr.cost import encoder_cost, frames_per_second, merging_share
 from fasthmr.data.batch import ClipBatch
 from fasthmr.data.shards import write_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
-from fasthmr.models.hmr import HMRConfig
+from fasthmr.merging import LayerMergePlan, TokenMerging
+from fasthmr.models.hmr import HMR, HMRConfig
+
+SIZES = {"hmr2": HMRConfig.hmr2(), "tiny": HMRConfig.tiny()}
 
 
 def per_second(work: Callable[[], int], seconds: float) -> float:
@@ -83,11 +96,8 @@ def step_and_wait(folder: str, seconds: float, device: str) -> tuple[float, floa
     return rate, waited / (time.perf_counter() - start)
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m fasthmr.benchmark", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each measurement")
-    seconds = parser.parse_args().seconds
+def speed_of_data_and_training(seconds: float) -> None:
+    """Print the table of renderer, loader and training step."""
     threads, device = torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu"
     table = Table(title="frames/s")
     for name in ("what", "value", "on"):
@@ -105,6 +115,72 @@ def main() -> int:
         table.add_row("share of time that training waits for data", f"{waiting:.1%}", "1 loader process")
         table.add_row("loader / step", f"{reading / step:.1f} x", "")
     Console().print(table)
+
+
+def cost_of_encoders(checkpoints: list[str], size: str, merged: int, batches: list[int], rounds: int) -> None:
+    """Print cost and speed of encoders: those of checkpoints, or one of a size with random weights in three versions.
+
+    Raises:
+        ValueError: a checkpoint or size that cannot be.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if checkpoints:
+        encoders = {Path(path).stem: load_encoder(path).to(device) for path in checkpoints}
+    else:
+        encoders = {name: hmr.to(device) for name, hmr in three_versions(SIZES[size], merged).items()}
+    table = Table(title=f"bf16, {device}, {torch.get_num_threads()} threads, medians of {rounds} measured in turn")
+    names = ["encoder", "layers", "tokens", "params M", "MACs G (thop)", "MACs G (all)"]
+    for name in [*names, *(f"frames/s, batch {batch}" for batch in batches)]:
+        table.add_column(name, justify="left" if name == "encoder" else "right")
+    speeds = [frames_per_second(encoders, batch, rounds) for batch in batches]
+    first = next(iter(encoders))
+    for name, hmr in encoders.items():
+        cost = encoder_cost(hmr.config, hmr.merge_plan)
+        numbers = [f"{cost.params / 1e6:.2f}", f"{cost.macs_thop / 1e9:.2f}", f"{cost.macs_all / 1e9:.2f}"]
+        rates = [f"{speed[name]:.2f} ({speed[name] / speed[first]:.2f} x)" for speed in speeds]
+        table.add_row(name, str(cost.layers), str(cost.tokens), *numbers, *rates)
+    Console(width=160).print(table)
+    for name, hmr in encoders.items():
+        if hmr.config.token_merging is not None:
+            share = merging_share(hmr, batches[-1], rounds)
+            print(f"{name}: choosing and merging tokens takes {share:.1%} of the first layer, batch {batches[-1]}")
+
+
+def three_versions(config: HMRConfig, merged: int) -> dict[str, HMR]:
+    """An encoder as it is, with `merged` layers less, and with Mask-ToMe besides; random weights."""
+    depth = config.vit_depth
+    if not 0 < merged < depth:
+        raise ValueError(f"--merged must be 1 to {depth - 1} of the {depth} layers, got {merged}")
+    whole = HMR(config).eval()
+    fewer = copy.deepcopy(whole)
+    fewer.merge_layers(LayerMergePlan(depth).merged(depth - 1 - merged, depth - 1))
+    fewest = copy.deepcopy(fewer)
+    fewest.set_token_merging(TokenMerging())
+    return {"baseline": whole, f"{depth - merged} layers": fewer, f"{depth - merged} layers, Mask-ToMe": fewest}
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fasthmr.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each measurement")
+    commands = parser.add_subparsers(dest="what")
+    encoder = commands.add_parser("encoder", help="cost and speed of encoders")
+    encoder.add_argument("checkpoints", nargs="*", help="ours; without any, random weights of --size")
+    encoder.add_argument("--size", choices=list(SIZES), default="hmr2")
+    encoder.add_argument("--merged", type=int, default=4, help="layers less, for random weights")
+    encoder.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="frames at a time")
+    encoder.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    options = parser.parse_args()
+    try:
+        if options.what == "encoder":
+            cost_of_encoders(options.checkpoints, options.size, options.merged, options.batch, options.rounds)
+        else:
+            speed_of_data_and_training(options.seconds)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 import time
@@ -15,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fasthmr.conventions import CROP_PX
-from fasthmr.merging import LayerMergePlan
-from fasthmr.models.hmr import HMR, HMRConfig
+from fasthmr.merging import LayerMergePlan, MergedTokens, merge_tokens
+from fasthmr.models.hmr import HMR, HMRConfig, middle_columns
 
 #: what thop counts for an element that goes through a LayerNorm
 _THOP_NORM_MACS = 4
@@ -106,27 +107,70 @@ def interleaved_seconds(systems: Mapping[str, Callable[[], object]], rounds: int
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def frames_per_second(
-    encoders: Mapping[str, HMR], batch: int, rounds: int = 5, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, float]:
+def frames_per_second(encoders: Mapping[str, HMR], batch: int, rounds: int = 5, bf16: bool = True) -> dict[str, float]:
     """Frames/s of encoders on the device that they are on, measured in turn, medians.
 
     Args:
         encoders: by name; all on one device. Masks, where they are needed, are of a person that fills a third.
         batch: frames at a time.
         rounds: measurements of each.
-        dtype: that autocast computes in; float32 for none.
+        bf16: with weights and images in bfloat16 (a copy; read-outs stay in float32), as one would run them.
     """
     device = next(iter(encoders.values())).smpl_head.init_cam.device
-    images = torch.randn(batch, 3, CROP_PX, CROP_PX, generator=torch.Generator().manual_seed(0)).to(device)
-    mask = torch.zeros(batch, CROP_PX, CROP_PX, dtype=torch.bool, device=device)
-    mask[:, 16:240, 80:176] = True
+    images, mask = _someone(batch, device)
+    if bf16:
+        encoders, images = {name: in_bf16(hmr) for name, hmr in encoders.items()}, images.bfloat16()
 
+    @torch.inference_mode()
     def call(hmr: HMR) -> None:
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hmr(images, mask)
+        hmr(images, mask)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     seconds = interleaved_seconds({name: functools.partial(call, hmr) for name, hmr in encoders.items()}, rounds)
     return {name: batch / value for name, value in seconds.items()}
+
+
+def merging_share(hmr: HMR, batch: int, rounds: int = 5) -> float:
+    """What share of the time of the first layer goes into choosing and merging its tokens (bf16).
+
+    Raises:
+        ValueError: the encoder merges no tokens.
+    """
+    settings = hmr.config.token_merging
+    if settings is None:
+        raise ValueError("this encoder merges no tokens")
+    hmr = in_bf16(hmr)
+    images, mask = _someone(batch, hmr.smpl_head.init_cam.device)
+    with torch.inference_mode():
+        tokens = hmr.backbone.embed(middle_columns(images).bfloat16())
+        state = MergedTokens.start(tokens, hmr.person_tokens(mask))
+        block, merged = hmr.backbone.layers[0], hmr.backbone.tokens_merged(len(hmr.backbone.blocks))[0]
+        keys = tokens.unflatten(-1, (hmr.config.vit_heads, -1)).mean(2)
+
+        def choose_and_merge() -> None:
+            merge_tokens(tokens, keys, state.is_person, merged, state.sizes, settings.average, state.slots)
+
+        seconds = interleaved_seconds(
+            {"block": lambda: block.forward_merging(state, merged, settings), "merging": choose_and_merge}, rounds
+        )
+    return seconds["merging"] / seconds["block"]
+
+
+def in_bf16(hmr: HMR) -> HMR:
+    """A copy that computes in bfloat16, but for the read-outs, which stay in float32."""
+    copied = copy.deepcopy(hmr)
+    copied.backbone.bfloat16()
+    head = copied.smpl_head
+    head.layers.bfloat16()
+    head.token_embed.bfloat16()
+    head.token_pos.data = head.token_pos.data.bfloat16()
+    return copied
+
+
+def _someone(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images, and masks of a person that fills a third."""
+    images = torch.randn(batch, 3, CROP_PX, CROP_PX, generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.zeros(batch, CROP_PX, CROP_PX, dtype=torch.bool, device=device)
+    mask[:, 16:240, 80:176] = True
+    return images, mask
