@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,6 +309,9 @@ def print_results(results: dict[str, StageResult]) -> None:
 def main() -> int:
     """Entry point; user errors end in one line and exit code 2 (FASTHMR_TRACEBACK=1 shows where they arose)."""
     logging.basicConfig(level=logging.INFO, format="[%(name)s] %(message)s")
+    # Our own way of calling it; and the moving average is in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
     # Lightning advertises other products at start-up.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     try:

@@ -61,6 +61,8 @@ def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_pa
     steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
     if "streaming: true" in config.read_text():
         steps.append("--data.init_args.clips_per_epoch=6")
+    if "init_from" in config.read_text():  # of another size; deeper than it is to be merged to
+        steps += ["--model.init_args.init_from=null", "--model.init_args.net.vit_depth=9"]
     done = run_fit("-c", str(config), *TINY_NET, *QUICK, *tiny_data(tiny_shards), *steps, "--run_dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "val/mpjpe_mm" in done.stdout and "tensorboard --logdir" in done.stdout
@@ -69,8 +71,8 @@ def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_pa
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     header = read_header(tmp_path / "run/checkpoints/last.ckpt")
     assert header.body.startswith("free@")
-    image = torch.zeros(1, 3, 256, 256)
-    assert load_encoder(tmp_path / "run/checkpoints/last.ckpt").eval()(image).rotations.shape == (1, 24, 3, 3)
+    image, mask = torch.zeros(1, 3, 256, 256), torch.zeros(1, 256, 256, dtype=torch.bool)
+    assert load_encoder(tmp_path / "run/checkpoints/last.ckpt").eval()(image, mask).rotations.shape == (1, 24, 3, 3)
 
 
 def recipe_arguments(shards: Path) -> list[str]:
