@@ -254,7 +254,9 @@ class ProgressiveMerging(L.Callback):
     def _errors(self, module: MergedEncoderModule) -> PlanErrors:
         assert self._frames is not None
         protocol = module.errors.protocol.name
-        return PlanErrors(module.nets[-1], module.body, self._frames, protocol, self.cache_gb, self.precision)
+        return PlanErrors(
+            module.nets[-1], module.body, self._frames, protocol, self.cache_gb, self.precision, module.mask_people
+        )
 
     # ---- what is seen of it ---------------------------------------------------------------------------------------
 

@@ -7,14 +7,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fasthmr.body import BodyModel
-from fasthmr.conventions import MASK_SUBJECT, NUM_JOINTS
-from fasthmr.data.batch import ClipBatch, collate
+from fasthmr.conventions import NUM_JOINTS
+from fasthmr.data.batch import ClipBatch, collate, person_mask
 from fasthmr.data.shards import ClipStore
 from fasthmr.data.transforms import Augmentation, make_sample
 from fasthmr.files import write_text
@@ -101,6 +102,7 @@ class PlanErrors:
         protocol: name of the evaluation protocol; one that regresses joints is not supported.
         cache_gb: memory for the layers' outputs; 0 keeps nothing.
         precision: "bf16" or "32".
+        mask_people: whose tokens merging protects: the tracked person's ("subject"), or those of "all".
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class PlanErrors:
         protocol: str = "body-24",
         cache_gb: float = 4.0,
         precision: str = "bf16",
+        mask_people: Literal["subject", "all"] = "subject",
     ) -> None:
         if precision not in ("bf16", "32"):
             raise ValueError(f"precision must be 'bf16' or '32', got {precision!r}")
@@ -119,6 +122,7 @@ class PlanErrors:
         self.hmr, self.body, self.calibration = hmr, body, calibration
         self.device = hmr.smpl_head.init_cam.device
         self.errors = PoseErrors(PROTOCOLS[protocol]).to(self.device)
+        self.mask_people: Literal["subject", "all"] = mask_people
         self.autocast = precision == "bf16"
         self.depth = len(hmr.backbone.blocks)
         token_bytes = 4 * hmr.config.vit_dim * hmr.backbone.num_tokens
@@ -187,7 +191,7 @@ class PlanErrors:
 
     def _embed(self, clip: ClipBatch) -> MergedTokens:
         images = middle_columns(clip.network_input()).to(self.device)
-        person = self.hmr.person_tokens(_subject(clip).to(self.device))
+        person = self.hmr.person_tokens(person_mask(clip, self.mask_people).to(self.device))
         return MergedTokens.start(self.hmr.backbone.embed(images), person)
 
     def _add(self, clip: ClipBatch, rotations: Tensor, betas: Tensor) -> None:
@@ -206,10 +210,6 @@ class PlanErrors:
 
     def _amp(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
-
-
-def _subject(clip: ClipBatch) -> Tensor:
-    return (clip.masks == MASK_SUBJECT).flatten(0, 1)
 
 
 class RememberedErrors:

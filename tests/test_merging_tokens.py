@@ -234,3 +234,15 @@ class TestTokenMask:
         assert token_mask(mask, 0.0).sum() == 0
         mask[0, 100, 100] = True
         assert token_mask(mask, 0.0).sum() == 1
+
+
+def test_other_people_are_background_unless_set_otherwise(tiny_shards):
+    from datamodules.samples import ValidationSamples
+    from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
+    from fasthmr.data.batch import collate, person_mask
+    from fasthmr.data.shards import ClipStore
+
+    batch = collate([ValidationSamples(ClipStore(tiny_shards), window=2)[0]])
+    batch.masks[:, :, :8] = MASK_OTHER
+    assert torch.equal(person_mask(batch), (batch.masks == MASK_SUBJECT)[0])
+    assert torch.equal(person_mask(batch, "all"), (batch.masks > 0)[0])

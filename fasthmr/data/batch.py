@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from fasthmr.conventions import CROP_PX, IMAGE_MEAN, IMAGE_STD
+from fasthmr.conventions import CROP_PX, IMAGE_MEAN, IMAGE_STD, MASK_OTHER, MASK_SUBJECT
 
 #: shape (after the leading batch dimension) and dtype of every array of a sample; "T" is the number of frames.
 _LAYOUT: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {
@@ -146,6 +147,12 @@ class ClipBatch:
 def flatten_frames(per_frame: torch.Tensor) -> torch.Tensor:
     """(B, T, ...) -> (B*T, ...), clip after clip."""
     return per_frame.flatten(0, 1)
+
+
+def person_mask(batch: ClipBatch, people: Literal["subject", "all"] = "subject") -> torch.Tensor:
+    """Pixels of the tracked person, or of all people, in the network's crop: (B*T, 256, 256) bool."""
+    masks = flatten_frames(batch.masks)
+    return masks == MASK_SUBJECT if people == "subject" else (masks == MASK_SUBJECT) | (masks == MASK_OTHER)
 
 
 def collate(samples: Sequence[ClipSample]) -> ClipBatch:

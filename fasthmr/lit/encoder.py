@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import encoder_header, load_encoder
-from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, JOINTS29, MASK_SUBJECT
-from fasthmr.data.batch import ClipBatch
+from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, JOINTS29
+from fasthmr.data.batch import ClipBatch, person_mask
 from fasthmr.geometry.cameras import crop_camera_translation, project
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.losses import HMRTarget, LossWeights, hmr_losses, token_joint_loss
@@ -46,6 +46,7 @@ class MergedEncoderModule(L.LightningModule):
             checkpoints and `load_encoder` use the average.
         protocol: name of the evaluation protocol of the validation metrics (`fasthmr.metrics.PROTOCOLS`).
         init_from: checkpoint of an encoder whose weights to start from, or null.
+        mask_people: whose tokens merging protects: the tracked person's, or all people's.
         seed: dropout of step s on rank r is seeded by (seed, s, r), so that a resumed run equals an uninterrupted one.
     """
 
@@ -58,6 +59,7 @@ class MergedEncoderModule(L.LightningModule):
         ema_decay: float | None = 0.999,
         protocol: str = "body-24",
         init_from: str | None = None,
+        mask_people: Literal["subject", "all"] = "subject",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -65,6 +67,8 @@ class MergedEncoderModule(L.LightningModule):
             raise ValueError(f"ema_decay must be in [0, 1) or null, got {ema_decay}")
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}, got {protocol!r}")
+        if mask_people not in ("subject", "all"):
+            raise ValueError(f"mask_people must be 'subject' or 'all', got {mask_people!r}")
         self.net = HMR(net)
         if init_from is not None:
             start = load_encoder(init_from)
@@ -76,6 +80,7 @@ class MergedEncoderModule(L.LightningModule):
         self.body = load_body(body)
         self.optimizer_config = optimizer
         self.loss_weights = loss
+        self.mask_people = mask_people
         self.seed = seed
         self.errors = PoseErrors(PROTOCOLS[protocol])
         self.constant_error = BestConstantError(PROTOCOLS[protocol])
@@ -102,7 +107,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def forward(self, batch: ClipBatch) -> HMROutput:
         """Predict every frame of a batch with the weights to use: outputs have B*T rows, clip by clip."""
-        return self.best_net(batch.network_input(), person_mask=subject_mask(batch))
+        return self.best_net(batch.network_input(), person_mask=person_mask(batch, self.mask_people))
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         parts = self.loss(batch)
@@ -145,7 +150,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def loss(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Loss parts of the training weights on a batch, and their weighted sum "total"; scalars."""
-        output: HMROutput = self.net(batch.network_input(), person_mask=subject_mask(batch))
+        output: HMROutput = self.net(batch.network_input(), person_mask=person_mask(batch, self.mask_people))
         frames = batch.valid.shape[1]
         joints = self.body.joints29(output.rotations, output.betas)
         with torch.autocast(joints.device.type, enabled=False):
@@ -227,11 +232,6 @@ class MergedEncoderModule(L.LightningModule):
         plan = LayerMergePlan.from_dict({"depth": self.net.config.vit_depth, "events": header["merge_plan"]})
         for net in self.nets:
             net.merge_layers(plan)
-
-
-def subject_mask(batch: ClipBatch) -> Tensor:
-    """Pixels of the tracked person, (B*T,256,256) bool; other people count as background."""
-    return (batch.masks == MASK_SUBJECT).flatten(0, 1)
 
 
 def _averaged(net: nn.Module, decay: float) -> AveragedModel:
