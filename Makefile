@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 .PHONY: help install fit test check bench clean
 
 help:
-	@echo "make fit      set up, make the synthetic clips and train the first model (about 15 minutes on 2 cores)"
+	@echo "make fit      set up, make the synthetic clips and train the first model (about 12 minutes on 2 cores)"
 	@echo "make test     set up and run the tests (about 10 minutes on 2 cores)"
 	@echo "make check    ruff, mypy and the layering contract"
 	@echo "make bench    frames/s of renderer, loader and model on this machine"
@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 fit: $(INSTALLED)
-	@echo "[fit] first use renders the synthetic clips (about 3 minutes on 2 cores), then trains (about 8 minutes)"
+	@echo "[fit] first use films the synthetic clips (about 2 minutes on 2 cores), then trains (about 9 minutes)"
 	$(BIN)/python -m fasthmr.fit -c conf/fasthmr.yaml $(ARGS)
 
 test: $(INSTALLED)

@@ -5,7 +5,6 @@
 DIR is a finished set of shards, whose first clips are written again in every layout and read back, on one thread and
 from the page cache. The rows for mp4 need PyAV (`pip install av`), which fasthmr itself does not use.
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

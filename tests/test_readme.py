@@ -43,13 +43,19 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def test_fit_commands_and_the_python_example(checkout, tiny_shards):
+def test_fit_and_merge_commands_and_the_python_example(checkout, tiny_shards):
     for command in commands("python -m fasthmr.fit"):
         keys = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=1"]
         if "fasthmr.yaml" in command:
             keys = [k.replace("--", "--encoder.", 1) for k in keys]
+        if "progressive_tiny.yaml" in command:  # of the net's own size, and deeper than it is to be merged to
+            keys += ["--model.init_args.init_from=null", "--model.init_args.net.vit_depth=9"]
         run(python(command, *keys), checkout)
     (checkout / "runs" / "longer").rename(checkout / "runs" / "fasthmr")
+    (checkout / "data" / "synth_tiny").mkdir(parents=True)
+    (checkout / "data" / "synth_tiny" / "val").symlink_to(tiny_shards)
+    (command,) = commands("python -m fasthmr.merge")
+    assert "multiply-adds" in run(python(command, "--frames_per_clip=2"), checkout).stdout
     (example,) = blocks("python")
     printed = run([sys.executable, "-c", example], checkout).stdout
     assert "(1, 6600, 3)" in printed.replace("torch.Size([1, 6600, 3])", "(1, 6600, 3)")
@@ -62,9 +68,10 @@ def test_shard_commands(checkout):
     assert (checkout / "sheet.png").stat().st_size > 10_000
 
 
-def test_benchmark_command(checkout):
-    (command,) = commands("python -m fasthmr.benchmark")
-    assert "training step" in run(python(command, "--seconds=0.1"), checkout).stdout
+def test_benchmark_commands(checkout):
+    data, encoder = commands("python -m fasthmr.benchmark")
+    assert "training step" in run(python(data, "--seconds=0.1"), checkout).stdout
+    assert "Mask-ToMe" in run(python(encoder, "--rounds=1", "--batch=1"), checkout).stdout
 
 
 def test_make_targets_exist():
