@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fasthmr.files import write_text
 from fasthmr.merging import LayerMergePlan, MergedTokens, merge_blocks
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.hmr import HMR, middle_columns
+from fasthmr.models.vit import Block
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class PlanErrors:
         was_training = self.hmr.training
         self.hmr.eval()
         try:
-            blocks = list(merge_blocks(self.hmr.backbone.layers, plan))
+            blocks = cast(list[Block], list(merge_blocks(self.hmr.backbone.layers, plan)))
             first = min((event.keep for event in plan.events), default=self.depth)
             if self._cache is None:
                 self._cache = [self._fill(clip) for clip in self.calibration.clips]
@@ -151,7 +152,7 @@ class PlanErrors:
                 start = max((layer for layer in states if layer <= first), default=None)
                 with self._amp():
                     state = self._embed(clip) if start is None else states[start]
-                    state = self.hmr.backbone.run(state, blocks, start or 0)  # type: ignore[arg-type]
+                    state = self.hmr.backbone.run(state, blocks, start or 0)
                     output = self.hmr.read_out(self.hmr.backbone.finish(state))
                 self._add(clip, output.rotations, output.betas)
             return float(self.errors.compute()["mpjpe_mm"])

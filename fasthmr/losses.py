@@ -27,6 +27,8 @@ class LossWeights:
 
     `token_joints` is not HMR2.0's. HMR2.0 starts from a ViT that has learnt to find key points (ViTPose); without such
     weights, `token_joint_loss` teaches the tokens the same on the way. 0 leaves it out.
+
+    `feature` keeps a model whose layers are merged near its un-merged teacher (`feature_loss`); 0 leaves it out.
     """
 
     rotations: float = 1.0
@@ -35,6 +37,7 @@ class LossWeights:
     joints3d: float = 5.0
     joints2d: float = 5.0
     token_joints: float = 0.0
+    feature: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -137,6 +140,12 @@ def token_joint_loss(logits: Tensor, joints2d: Tensor, valid: Tensor, grid: Toke
     token = torch.where(counts, rows * grid.columns + columns, 0)
     loss = F.cross_entropy(logits.float(), token, reduction="none")
     return (loss * counts).sum() / counts.sum().clamp_min(1)
+
+
+def feature_loss(feature: Tensor, teacher: Tensor) -> Tensor:
+    """How far the head's token is from a teacher's, (N,D) each: mean square after both are standardised, 0 to 4."""
+    size = feature.shape[-1:]
+    return F.mse_loss(F.layer_norm(feature, size), F.layer_norm(teacher, size))
 
 
 def _mean_where(error: Tensor, weight: Tensor, penalty: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import lightning as L
@@ -11,14 +12,14 @@ import torch
 
 from callbacks.pictures import draw_strip
 from datamodules.clips import ClipDataModule
-from fasthmr.body import BodyMismatchError
-from fasthmr.checkpoint import encoder_header, load_encoder
+from fasthmr.body import BodyMismatchError, load_body
+from fasthmr.checkpoint import encoder_header, load_encoder, save_encoder
 from fasthmr.data.batch import ClipBatch
 from fasthmr.lit.encoder import MergedEncoderModule, NonFiniteLossError
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer, decay_groups, warmup_cosine
 from fasthmr.losses import LossWeights, token_joint_loss
 from fasthmr.merging import LayerMergePlan
-from fasthmr.models.hmr import TOKEN_GRID, HMRConfig, HMROutput
+from fasthmr.models.hmr import HMR, TOKEN_GRID, HMRConfig, HMROutput
 
 TINY = HMRConfig(
     vit_dim=32, vit_depth=2, vit_heads=2, head_dim=32, head_depth=1, head_heads=2, head_dim_head=16, head_mlp_dim=32
@@ -141,3 +142,47 @@ def test_pictures_show_input_meshes_and_sides(batch, free_body):
     mask = (batch.masks[1, 1] == 1).numpy()
     assert mask.any() and (drawn & mask).sum() > 0.9 * mask.sum()
     assert (panels[3] == 255).all(-1).mean() > 0.3  # white around the side view
+
+
+class TestStartAndTeacher:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        torch.manual_seed(1)
+        hmr = HMR(TINY)
+        hmr.merge_layers(LayerMergePlan(2).merged(0, 1))
+        save_encoder(tmp_path / "start.ckpt", hmr, load_body().id)
+        return str(tmp_path / "start.ckpt"), hmr
+
+    def test_weights_and_merged_layers_are_taken_over(self, saved):
+        path, hmr = saved
+        module = MergedEncoderModule(TINY, init_from=path)
+        assert module.net.merge_plan == hmr.merge_plan == module.nets[1].merge_plan
+        assert all(torch.equal(v, module.net.state_dict()[k]) for k, v in hmr.state_dict().items())
+
+    def test_other_sizes_and_another_body(self, saved, tmp_path):
+        path, hmr = saved
+        with pytest.raises(ValueError, match="vit_depth: 2 -> 3"):
+            MergedEncoderModule(dataclasses.replace(TINY, vit_depth=3), init_from=path)
+        save_encoder(tmp_path / "other.ckpt", hmr, "other@0123")
+        with pytest.raises(BodyMismatchError, match="other@0123"):
+            MergedEncoderModule(TINY, init_from=str(tmp_path / "other.ckpt"))
+
+    def test_the_feature_of_a_teacher(self, saved, batch):
+        path, _ = saved
+        weights = LossWeights(feature=2.0)
+        itself = MergedEncoderModule(TINY, init_from=path, teacher=path, loss=weights)
+        assert itself.loss(batch)["feature"] == 0
+        other = MergedEncoderModule(TINY, teacher=path, loss=weights)
+        parts = other.loss(batch)
+        without = MergedEncoderModule(TINY, loss=LossWeights())
+        without.net.load_state_dict(other.net.state_dict())
+        expected = without.loss(batch)["total"] + 2.0 * parts["feature"]
+        torch.testing.assert_close(parts["total"], expected)
+        assert 0 < parts["feature"] < 4
+        assert not any("teacher" in name for name in other.state_dict())
+        over = MergedEncoderModule(TINY, teacher=path, loss=weights, teacher_steps=0)
+        assert "feature" not in over.loss(batch)
+
+    def test_a_teacher_needs_a_weight(self):
+        with pytest.raises(ValueError, match=r"teacher and loss\.feature belong together"):
+            MergedEncoderModule(TINY, loss=LossWeights(feature=1.0))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fasthmr.body import load_body, require_same_body
-from fasthmr.checkpoint import encoder_header, load_encoder
+from fasthmr.checkpoint import encoder_header, load_encoder, read_header
 from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, JOINTS29
 from fasthmr.data.batch import ClipBatch, person_mask
 from fasthmr.geometry.cameras import crop_camera_translation, project
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
-from fasthmr.losses import HMRTarget, LossWeights, hmr_losses, token_joint_loss
+from fasthmr.losses import HMRTarget, LossWeights, feature_loss, hmr_losses, token_joint_loss
 from fasthmr.merging import LayerMergePlan
 from fasthmr.metrics import PROTOCOLS, BestConstantError, PoseErrors
 from fasthmr.models.hmr import HMR, TOKEN_GRID, HMRConfig, HMROutput
@@ -47,6 +47,8 @@ class MergedEncoderModule(L.LightningModule):
         protocol: name of the evaluation protocol of the validation metrics (`fasthmr.metrics.PROTOCOLS`).
         init_from: checkpoint of an encoder whose weights to start from, or null.
         mask_people: whose tokens merging protects: the tracked person's, or all people's.
+        teacher: checkpoint of an encoder, usually the un-merged one, whose feature the loss part `feature` imitates.
+        teacher_steps: imitate it for so many optimiser steps only; null: to the end.
         seed: dropout of step s on rank r is seeded by (seed, s, r), so that a resumed run equals an uninterrupted one.
     """
 
@@ -60,6 +62,8 @@ class MergedEncoderModule(L.LightningModule):
         protocol: str = "body-24",
         init_from: str | None = None,
         mask_people: Literal["subject", "all"] = "subject",
+        teacher: str | None = None,
+        teacher_steps: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -71,9 +75,12 @@ class MergedEncoderModule(L.LightningModule):
             raise ValueError(f"mask_people must be 'subject' or 'all', got {mask_people!r}")
         self.net = HMR(net)
         if init_from is not None:
-            start = load_encoder(init_from)
-            self.net.merge_layers(start.merge_plan)
-            self.net.load_state_dict(start.state_dict())
+            start_from(self.net, init_from, load_body(body).id)
+        if (teacher is not None) != (loss.feature > 0):
+            raise ValueError(f"teacher and loss.feature belong together, got {teacher!r} and {loss.feature}")
+        # In a list, so that it is no part of this module: neither trained nor saved.
+        self._teacher = [load_encoder(teacher).requires_grad_(False)] if teacher is not None else []
+        self.teacher_steps = teacher_steps
         # In training only: what is saved for use is `net`, HMR2.0's architecture and nothing else.
         self.token_joints = nn.Linear(net.vit_dim, len(JOINTS29)) if loss.token_joints > 0 else None
         self.ema = _averaged(self.net, ema_decay) if ema_decay is not None else None
@@ -150,7 +157,8 @@ class MergedEncoderModule(L.LightningModule):
 
     def loss(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Loss parts of the training weights on a batch, and their weighted sum "total"; scalars."""
-        output: HMROutput = self.net(batch.network_input(), person_mask=person_mask(batch, self.mask_people))
+        mask = person_mask(batch, self.mask_people)
+        output: HMROutput = self.net(batch.network_input(), person_mask=mask)
         frames = batch.valid.shape[1]
         joints = self.body.joints29(output.rotations, output.betas)
         with torch.autocast(joints.device.type, enabled=False):
@@ -173,6 +181,12 @@ class MergedEncoderModule(L.LightningModule):
             logits = self.token_joints(output.tokens).take_along_dim(output.slots[..., None], dim=1)
             parts["token_joints"] = token_joint_loss(logits, target.joints2d, target.valid, TOKEN_GRID)
             parts["total"] = parts["total"] + self.loss_weights.token_joints * parts["token_joints"]
+        for teacher in self._teacher:
+            if self.teacher_steps is None or self.global_step < self.teacher_steps:
+                with torch.no_grad():
+                    wanted = teacher.to(output.feature.device)(batch.network_input(), person_mask=mask).feature
+                parts["feature"] = feature_loss(output.feature, wanted)
+                parts["total"] = parts["total"] + self.loss_weights.feature * parts["feature"]
         return parts
 
     def _clip_betas(self, betas: Tensor, clips: int, frames: int) -> Tensor:
@@ -232,6 +246,27 @@ class MergedEncoderModule(L.LightningModule):
         plan = LayerMergePlan.from_dict({"depth": self.net.config.vit_depth, "events": header["merge_plan"]})
         for net in self.nets:
             net.merge_layers(plan)
+
+
+def start_from(net: HMR, checkpoint: str, body_id: str) -> None:
+    """Give a network the weights and merged layers of an encoder's checkpoint; token merging and dropout may differ.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_encoder`.
+        BodyMismatchError: it was trained with another body.
+        ValueError: it has other sizes; names them.
+    """
+    require_same_body(body_id, read_header(checkpoint).body, where=checkpoint)
+    start = load_encoder(checkpoint)
+    ours, theirs = net.config.as_dict(), start.config.as_dict()
+    free = ("token_merging", "drop_path", "head_dropout")
+    changed = [f"{k}: {theirs[k]} -> {ours[k]}" for k in ours if k not in free and ours[k] != theirs[k]]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} is an encoder of other sizes ({'; '.join(changed)}): set model.init_args.net to its"
+        )
+    net.merge_layers(start.merge_plan)
+    net.load_state_dict(start.state_dict())
 
 
 def _averaged(net: nn.Module, decay: float) -> AveragedModel:
