@@ -21,6 +21,9 @@ NUM_BETAS = 10
 PARENTS29 = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21, 15, 22, 23, 10, 11)
 PARENTS24 = PARENTS29[:NUM_JOINTS]
 
+#: the joint or leaf to which each joint's bone leads (HybrIK); a joint's twist is about it
+BONE_CHILD = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 27, 28, 15, 16, 17, 24, 18, 19, 20, 21, 22, 23, 25, 26)
+
 JOINT_INDEX = {name: i for i, name in enumerate(JOINTS29)}
 PELVIS, LEFT_HIP, RIGHT_HIP, HEAD = (JOINT_INDEX[n] for n in ("pelvis", "left_hip", "right_hip", "head"))
 

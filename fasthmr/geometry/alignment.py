@@ -1,4 +1,4 @@
-"""Similarity alignment of point sets (Procrustes) without mirroring."""
+"""Alignment of point sets (Procrustes, Kabsch) without mirroring."""
 
 from __future__ import annotations
 
@@ -42,3 +42,20 @@ def similarity_align(source: Tensor, target: Tensor) -> Tensor:
         scale = torch.where(spread > rounding, (singular * sign).sum(-1) / spread, 0)
         aligned = scale[..., None, None] * (x @ rotation) + y_mean
     return aligned.to(source.dtype)
+
+
+def rotation_between(source: Tensor, target: Tensor) -> Tensor:
+    """The rotation about the origin that brings each source as close as possible to its target (Kabsch 1976).
+
+    Args:
+        source, target: (..., N, 3), same shape; points relative to the centre of rotation.
+
+    Returns:
+        (..., 3, 3) with `R @ source ~ target`, in the target's dtype, computed in float64; differentiable where it is
+        unique.
+    """
+    with torch.autocast(target.device.type, enabled=False):
+        u, _, vt = torch.linalg.svd(target.double().mT @ source.double())
+        sign = torch.ones_like(u[..., 0])
+        sign[..., 2] = torch.linalg.det(u @ vt).sign()
+        return ((u * sign.unsqueeze(-2)) @ vt).to(target.dtype)
