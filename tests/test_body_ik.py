@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fasthmr.body import decode_pose, encode_pose
 from fasthmr.body.ik import HybridPose, from_hybrid, to_hybrid
 from fasthmr.conventions import NUM_JOINTS, PARENTS29, SWAP24
 from fasthmr.geometry.rotations import axis_angle_to_matrix, matrix_to_axis_angle
@@ -109,6 +110,12 @@ class TestRoundTrip:
             assert torch.equal(ours, back)
         with pytest.raises(ValueError, match="has 133 numbers"):
             HybridPose.unpack(torch.zeros(2, 132))
+
+    def test_through_the_body(self, free_body):
+        rotations, betas = random_poses(6, 2.0).unflatten(0, (2, 3)), torch.randn(2, 3, 10)
+        numbers = encode_pose(rotations, betas, free_body)
+        assert numbers.shape == (2, 3, 133)
+        torch.testing.assert_close(decode_pose(numbers, betas, free_body), rotations, atol=1e-3, rtol=0)
 
     def test_degenerate_input_stays_finite(self, free_body):
         rest = free_body.rest_joints(torch.zeros(1, 10))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasthmr.body.smpl import BodyModel
 from fasthmr.conventions import BONE_CHILD, NUM_JOINTS, PARENTS29, PELVIS, SWAP24, SWAP29
 from fasthmr.geometry.alignment import rotation_between
 from fasthmr.geometry.swing_twist import shortest_swing, split_swing_twist, twist_rotation
@@ -44,6 +45,24 @@ class HybridPose(NamedTuple):
         swap = [joint - 1 for joint in SWAP24[1:]]
         sense = self.twists.new_tensor((1.0, -1.0))
         return HybridPose(self.joints[..., list(SWAP29), :] * flip, self.twists[..., swap, :] * sense)
+
+
+def encode_pose(rotations: Tensor, betas: Tensor, body: BodyModel) -> Tensor:
+    """The 133 numbers of SMPL rotations: (..., 24, 3, 3) and betas (..., 10) -> (..., 133); see `HybridPose`."""
+    return to_hybrid(rotations, _rest(betas, body)).pack()
+
+
+def decode_pose(features: Tensor, betas: Tensor, body: BodyModel) -> Tensor:
+    """SMPL rotations of 133 numbers: (..., 133) and betas (..., 10) -> (..., 24, 3, 3).
+
+    Raises:
+        ValueError: another length than 133.
+    """
+    return from_hybrid(HybridPose.unpack(features), _rest(betas, body))
+
+
+def _rest(betas: Tensor, body: BodyModel) -> Tensor:
+    return body.rest_joints(betas.flatten(0, -2)).unflatten(0, betas.shape[:-1]).to(betas.dtype)
 
 
 def _levels() -> list[tuple[list[int], list[int]]]:
