@@ -1,4 +1,4 @@
-"""Checkpoints of the encoder: the one place that knows what a file on disk means.
+"""Checkpoints: the one place that knows what a file on disk means.
 
 Format, version 1
 -----------------
@@ -17,6 +17,9 @@ A file of `torch.save` (zip) that loads with `torch.load(weights_only=True)`: a 
 
 `"state_dict"`: name -> tensor. The names that start with `weights_prefix` are, without it, exactly those of
 `HMR.state_dict()` for that config and plan; others are allowed and ignored. No body model is ever stored.
+
+A motion prior's header has the kind `"motion_prior"`, no plan, and the config `MotionVAEConfig.as_dict()`; its names
+are those of `MotionPrior.state_dict()`, which holds the statistics that poses are normalised with.
 
 `save_encoder` writes just that, with an empty prefix. A Lightning training checkpoint is a superset: its state dict has
 `net.*` and, with averaged weights, `ema.module.*`; its header names the averaged ones; optimiser and loop states lie
@@ -39,10 +42,13 @@ from torch import Tensor
 from fasthmr.files import written_whole
 from fasthmr.merging import LayerMergePlan
 from fasthmr.models.hmr import HMR, HMRConfig
+from fasthmr.models.motion_prior import MotionPrior
+from fasthmr.models.motion_vae import MotionVAEConfig
 
 FORMAT_VERSION = 1
 HEADER_KEY = "fasthmr"
 _KIND = "encoder"
+_PRIOR_KIND = "motion_prior"
 _MAX_NAMES = 6
 _READ_BYTES = 2**22
 
@@ -79,6 +85,41 @@ def encoder_header(config: HMRConfig, body_id: str, merge_plan: LayerMergePlan, 
         "body": body_id,
         "weights_prefix": weights_prefix,
     }
+
+
+def prior_header(config: MotionVAEConfig, body_id: str, weights_prefix: str) -> dict[str, Any]:
+    """The header of a motion prior's checkpoint: as `encoder_header`, of kind "motion_prior", without a plan."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": _PRIOR_KIND,
+        "config": config.as_dict(),
+        "body": body_id,
+        "weights_prefix": weights_prefix,
+    }
+
+
+def load_prior(path: str | Path) -> tuple[MotionPrior, str]:
+    """The motion prior of a checkpoint, on the CPU and in evaluation mode, and the id of the body it was trained with.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no motion prior of ours, is damaged, or its weights do not fit its config.
+    """
+    path = Path(path)
+    content = read_checkpoint(path)
+    raw = _raw_header(path, content, _PRIOR_KIND, (("config", dict), ("body", str), ("weights_prefix", str)))
+    _verify_checksums(path, weights=True)
+    weights = _weights(path, content, raw["weights_prefix"])
+    try:
+        config = MotionVAEConfig(**raw["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: header field 'config': {error}") from error
+    with torch.device("meta"):
+        prior = MotionPrior(config)
+    _require_same_tensors(path, expected=prior.state_dict(), got=weights)
+    prior.to_empty(device="cpu")
+    prior.load_state_dict(weights)
+    return prior.eval(), raw["body"]
 
 
 def save_encoder(path: str | Path, hmr: HMR, body_id: str) -> None:
@@ -165,6 +206,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _header(path: Path, content: Mapping[str, Any]) -> EncoderHeader:
+    fields = (("config", dict), ("merge_plan", list), ("body", str), ("weights_prefix", str))
+    raw = _raw_header(path, content, _KIND, fields)
+    try:
+        config = HMRConfig.from_dict(raw["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header field 'config': {error}") from error
+    try:
+        plan = LayerMergePlan.from_dict({"depth": config.vit_depth, "events": raw["merge_plan"]})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header field 'merge_plan': {error}") from error
+    return EncoderHeader(raw["format_version"], config, plan, raw["body"], raw["weights_prefix"])
+
+
+def _raw_header(
+    path: Path, content: Mapping[str, Any], kind: str, fields: tuple[tuple[str, type], ...]
+) -> dict[str, Any]:
     raw = content.get(HEADER_KEY)
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise CheckpointError(f"{path} is not a fasthmr checkpoint: it has no {HEADER_KEY!r} header")
@@ -174,20 +231,12 @@ def _header(path: Path, content: Mapping[str, Any]) -> EncoderHeader:
             f"{path} has checkpoint format {version}, this version of fasthmr reads {FORMAT_VERSION}: "
             f"use {'a newer' if isinstance(version, int) and version > FORMAT_VERSION else 'the'} fasthmr that wrote it"
         )
-    if raw.get("kind") != _KIND:
-        raise CheckpointError(f"{path} is a checkpoint of kind {raw.get('kind')!r}, not {_KIND!r}")
-    for key, kind in (("config", dict), ("merge_plan", list), ("body", str), ("weights_prefix", str)):
-        if not isinstance(raw.get(key), kind):
-            raise CheckpointError(f"{path}: header field {key!r} must be a {kind.__name__}, got {raw.get(key)!r}")
-    try:
-        config = HMRConfig.from_dict(raw["config"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: header field 'config': {error}") from error
-    try:
-        plan = LayerMergePlan.from_dict({"depth": config.vit_depth, "events": raw["merge_plan"]})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: header field 'merge_plan': {error}") from error
-    return EncoderHeader(version, config, plan, raw["body"], raw["weights_prefix"])
+    if raw.get("kind") != kind:
+        raise CheckpointError(f"{path} is a checkpoint of kind {raw.get('kind')!r}, not {kind!r}")
+    for key, wanted in fields:
+        if not isinstance(raw.get(key), wanted):
+            raise CheckpointError(f"{path}: header field {key!r} must be a {wanted.__name__}, got {raw.get(key)!r}")
+    return raw
 
 
 def _weights(path: Path, content: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -117,6 +117,14 @@ class TestRoundTrip:
         assert numbers.shape == (2, 3, 133)
         torch.testing.assert_close(decode_pose(numbers, betas, free_body), rotations, atol=1e-3, rtol=0)
 
+    def test_under_autocast_nothing_is_rounded(self, free_body):
+        rotations, betas = random_poses(4, 2.0), torch.zeros(4, 10)
+        with torch.autocast("cpu", torch.bfloat16):
+            numbers = encode_pose(rotations, betas, free_body)
+            back = decode_pose(numbers, betas, free_body)
+        assert torch.equal(numbers, encode_pose(rotations, betas, free_body))
+        assert torch.equal(back, decode_pose(numbers, betas, free_body))
+
     def test_degenerate_input_stays_finite(self, free_body):
         rest = free_body.rest_joints(torch.zeros(1, 10))
         pose = HybridPose(torch.zeros(1, 29, 3, requires_grad=True), torch.zeros(1, 23, 2))

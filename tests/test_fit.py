@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 
-from fasthmr.checkpoint import load_encoder, read_header
+from fasthmr.checkpoint import load_encoder, load_prior, read_header
 
 ROOT = Path(__file__).parents[1]
 ONE_STAGE = sorted(p for p in (ROOT / "conf").glob("*.yaml") if "stages" not in yaml.safe_load(p.read_text()))
+ENCODERS = [p for p in ONE_STAGE if "MergedEncoderModule" in p.read_text()]
+PRIORS = [p for p in ONE_STAGE if "MotionPriorModule" in p.read_text()]
 
 #: sizes that make any encoder config run in seconds
 TINY_NET = [
@@ -56,7 +58,7 @@ def run_fit(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("config", ONE_STAGE, ids=lambda p: p.name)
+@pytest.mark.parametrize("config", ENCODERS, ids=lambda p: p.name)
 def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_path):
     steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
     if "streaming: true" in config.read_text():
@@ -73,6 +75,25 @@ def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_pa
     assert header.body.startswith("free@")
     image, mask = torch.zeros(1, 3, 256, 256), torch.zeros(1, 256, 256, dtype=torch.bool)
     assert load_encoder(tmp_path / "run/checkpoints/last.ckpt").eval()(image, mask).rotations.shape == (1, 24, 3, 3)
+
+
+@pytest.mark.parametrize("config", PRIORS, ids=lambda p: p.name)
+def test_every_prior_trains_through_the_entry_point(config, tmp_path):
+    sizes = {
+        "model.init_args.vae.dim": 32, "model.init_args.vae.window": 20, "data.init_args.window": 20,
+        "data.init_args.windows_per_epoch": 8, "data.init_args.val_windows": 2, "data.init_args.batch_size": 4,
+        "data.init_args.workers": 0, "trainer.max_epochs": 1,
+    }  # fmt: skip
+    keys = [f"--{key}={value}" for key, value in sizes.items()]
+    done = run_fit("-c", str(config), *QUICK, *keys, "--run_dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "val/mpjpe_mm" in done.stdout
+    prior, body = load_prior(tmp_path / "run/checkpoints/last.ckpt")
+    assert body.startswith("free@") and prior.config.window == 20
+
+
+def test_every_config_is_tested():
+    assert {*ENCODERS, *PRIORS} == set(ONE_STAGE)
 
 
 def recipe_arguments(shards: Path) -> list[str]:

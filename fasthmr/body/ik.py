@@ -88,6 +88,11 @@ def to_hybrid(rotations: Tensor, rest_joints: Tensor) -> HybridPose:
     Returns:
         The pose; differentiable.
     """
+    with torch.autocast(rotations.device.type, enabled=False):  # half precision would move joints by centimetres
+        return _to_hybrid(*_at_least_float32(rotations, rest_joints))
+
+
+def _to_hybrid(rotations: Tensor, rest_joints: Tensor) -> HybridPose:
     bones = _bones(rest_joints)
     _, twists = split_swing_twist(rotations[..., 1:, :, :], bones[..., 1:, :])
     world = [rotations[..., 0, :, :]] + [rotations[..., 0, :, :]] * (NUM_JOINTS - 1)
@@ -116,6 +121,12 @@ def from_hybrid(pose: HybridPose, rest_joints: Tensor) -> Tensor:
     Returns:
         (..., 24, 3, 3) rotations, each relative to its parent's; differentiable, finite for every pose.
     """
+    with torch.autocast(rest_joints.device.type, enabled=False):
+        joints, twists, rest_joints = _at_least_float32(*pose, rest_joints)
+        return _from_hybrid(HybridPose(joints, twists), rest_joints)
+
+
+def _from_hybrid(pose: HybridPose, rest_joints: Tensor) -> Tensor:
     joints = pose.joints - pose.joints[..., PELVIS : PELVIS + 1, :]
     bones = _bones(rest_joints)
     rest_children = rest_joints[..., _PELVIS_CHILDREN, :] - rest_joints[..., PELVIS : PELVIS + 1, :]
@@ -133,6 +144,10 @@ def from_hybrid(pose: HybridPose, rest_joints: Tensor) -> Tensor:
             local[joint] = rotation[..., place, :, :]
             world[joint] = above[..., place, :, :] @ local[joint]
     return torch.stack(local, dim=-3)
+
+
+def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 def _bones(rest_joints: Tensor) -> Tensor:
