@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from fasthmr.data.synth.source import SynthConfig, SynthSource
         ("clips", 0), ("clips", 1.5), ("frames", 0), ("frames", True), ("seed", -1), ("fps", 0.0),
         ("fps", float("nan")), ("crop_px", 256), ("second_person_share", 1.1), ("occluder_share", -0.1),
         ("moving_camera_share", "half"), ("jpeg_quality", 0), ("noise", -1.0), ("motion", ""), ("backgrounds", None),
-        ("full_frames", 1), ("motion_windows", True),
+        ("full_frames", 1), ("motion_windows", True), ("procedural_share", -0.5),
     ],
 )  # fmt: skip
 def test_every_wrong_value_is_refused_by_its_name(field: str, value: object):
@@ -33,17 +34,33 @@ def test_an_index_out_of_range_is_refused(free_body):
             source.make(index)
 
 
-def test_windows_of_a_motion_folder_are_taken_one_after_the_other(tmp_path, free_body):
-    frames = 65
+def write_walk(path: Path, frames: int = 65) -> None:
     walk = {"poses": np.zeros((frames, 72)), "trans": np.zeros((frames, 3)), "mocap_framerate": np.array(30.0)}
     walk["poses"][:, 0] = np.pi / 2  # AMASS has z up
     walk["trans"][:, 1] = -np.linspace(0, 1, frames)
-    np.savez(tmp_path / "walk.npz", **walk)
+    np.savez(path, **walk)
+
+
+def test_windows_of_a_motion_folder_are_taken_one_after_the_other(tmp_path, free_body):
+    write_walk(tmp_path / "walk.npz")
     settings = {"motion": str(tmp_path), "motion_windows": True, "frames": 30, "seed": 0}
     source = SynthSource(SynthConfig(clips=0, **settings), free_body)
     assert len(source) == 2 and len(SynthSource(SynthConfig(clips=1, **settings), free_body)) == 1
     assert source.make(0).source != source.make(1).source
     assert np.abs(source.make(0).joints3d[..., :3]).max() > 0
+
+
+def test_a_share_of_the_people_moves_procedurally_beside_a_motion_folder(tmp_path, free_body):
+    write_walk(tmp_path / "walk.npz")
+    settings = {"clips": 8, "frames": 2, "seed": 3, "motion": str(tmp_path), "second_person_share": 0.0}
+    mixed = SynthSource(SynthConfig(procedural_share=0.5, **settings), free_body)
+    kinds = [mixed.make(i).source.split(":")[0] for i in range(8)]
+    assert {"synth/procedural", f"synth/{tmp_path.name}"} == set(kinds)
+    recorded = SynthSource(SynthConfig(**settings), free_body)
+    assert all(recorded.make(i).source.startswith(f"synth/{tmp_path.name}:") for i in range(2))
+    assert mixed.describe() != recorded.describe()
+    with pytest.raises(ValueError, match="procedural_share must be 0 with motion_windows"):
+        SynthConfig(motion=str(tmp_path), motion_windows=True, procedural_share=0.5)
 
 
 def test_photographs_are_backgrounds(tmp_path, free_body):

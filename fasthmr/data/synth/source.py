@@ -48,6 +48,7 @@ class SynthConfig:
         fps: frames per second.
         seed: of everything; the same config gives the same bytes.
         motion: "procedural", or an AMASS-format folder or pack.
+        procedural_share: of clips that move procedurally all the same, where `motion` is a motion folder.
         motion_windows: take the motion set's windows one after the other instead of drawing at random, to cover a
             validation set; only for a motion folder.
         backgrounds: "procedural", or a folder of photographs.
@@ -68,6 +69,7 @@ class SynthConfig:
     fps: float = 30.0
     seed: int = 0
     motion: str = "procedural"
+    procedural_share: float = 0.0
     motion_windows: bool = False
     backgrounds: str = "procedural"
     crop_px: int = 384
@@ -89,7 +91,7 @@ class SynthConfig:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             _require(whole and least <= value <= most, name, f"a whole number from {least} to {most}", value)
-        for name in ("second_person_share", "occluder_share", "moving_camera_share"):
+        for name in ("procedural_share", "second_person_share", "occluder_share", "moving_camera_share"):
             value = getattr(self, name)
             _require(_is_number(value) and 0 <= value <= 1, name, "a share from 0 to 1", value)
         _require(_is_number(self.fps) and 0 < self.fps <= 1000, "fps", "frames a second above 0", self.fps)
@@ -101,6 +103,8 @@ class SynthConfig:
             _require(isinstance(value, str) and value != "", name, '"procedural" or a path', value)
         procedural_windows = self.motion_windows and self.motion == "procedural"
         _require(not procedural_windows, "motion_windows", "false for procedural motion, which has no windows", True)
+        mixed_windows = self.motion_windows and self.procedural_share > 0
+        _require(not mixed_windows, "procedural_share", "0 with motion_windows", self.procedural_share)
 
 
 def _is_number(value: object) -> bool:
@@ -138,6 +142,7 @@ class SynthSource:
         self._faces = np.ascontiguousarray(body.faces.numpy(), np.int32)
         self._paint_on = paint_coordinates(body)
         self._motions = load_motion_source(config.motion)
+        self._procedural = load_motion_source("procedural")
         self._photos = () if config.backgrounds == "procedural" else find_photos(Path(config.backgrounds))
         self._length = config.clips
         if config.motion_windows:
@@ -151,6 +156,8 @@ class SynthSource:
         """What the clips depend on, for the manifest and for telling two sets apart; paths only by what they hold."""
         told = asdict(self.config) | {"clips": len(self)}
         told["motion"] = f"{self._motions.name}:{self._motions.fingerprint()}"
+        if self.config.procedural_share:
+            told["procedural"] = self._procedural.fingerprint()
         told["backgrounds"] = [f"{p.name}:{p.stat().st_size}" for p in self._photos] or "procedural"
         return {"kind": "synth", "version": _VERSION, "body": self.body.id, **told}
 
@@ -165,10 +172,14 @@ class SynthSource:
         config = self.config
         rng = np.random.default_rng(np.random.SeedSequence([config.seed, index]))
         with _one_thread():
+            source = self._motions
             if config.motion_windows:
                 motion = self._windows().window(index, config.frames, config.fps, rng)
             else:
-                motion = self._motions.sample(rng, config.frames, config.fps)
+                # No number is drawn where there is no choice.
+                procedural = config.procedural_share > 0 and rng.uniform() < config.procedural_share
+                source = self._procedural if procedural else source
+                motion = source.sample(rng, config.frames, config.fps)
             subject = self._person(rng, motion, np.zeros((config.frames, 3)))
             camera = random_camera(rng, subject.joints[:, 0], bool(rng.uniform() < config.moving_camera_share))
             people = [subject]
@@ -194,7 +205,7 @@ class SynthSource:
             full = self._full_frames(film, camera) if config.full_frames else None
         return Clip(
             key=f"synth-{config.seed}-{index:06d}",
-            source=f"synth/{self._motions.name}:{motion.name}",
+            source=f"synth/{source.name}:{motion.name}",
             fps=config.fps,
             body=self.body.id,
             image_size=camera.image_size.astype(np.int64),
