@@ -34,18 +34,26 @@ _UNKNOWN_KEY = (
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
     """Shorten a parser's message about an unknown key and add the nearest valid keys."""
+    if explained := re.search(r"unknown key '.*", message):
+        return explained.group()  # by the parser of a part, within the message of the whole
     for pattern in _UNKNOWN_KEY:
         if found := pattern.search(message):
             key = found.group(1).rstrip("+")
-            near = difflib.get_close_matches(key.rpartition(".")[2], sorted(valid_keys(parser)), n=3)
+            valid = valid_keys(parser)
+            wrong = next((part for part in key.split(".") if part not in valid), key.rpartition(".")[2])
+            near = difflib.get_close_matches(wrong, sorted(valid), n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; see --help or --print_config"
             return f"unknown key {key!r}{hint}"
     return message
 
 
 def valid_keys(parser: LightningArgumentParser) -> set[str]:
-    """Last parts of the keys that a config may have, those of the classes it has named so far included."""
-    keys = {key.rpartition(".")[2] for key in vars(parser.get_defaults().as_flat())}
+    """Parts of the dotted keys that a config may have, those of the classes it has named so far included."""
+    keys = {
+        "class_path",
+        "init_args",
+        *(part for key in vars(parser.get_defaults().as_flat()) for part in key.split(".")),
+    }
     for base in (L.LightningModule, L.LightningDataModule, L.Callback):
         for cls in _subclasses(base):
             if cls.__module__.partition(".")[0] in ("fasthmr", "datamodules", "callbacks"):

@@ -5,36 +5,24 @@ A file has one of two shapes.
 One stage, in LightningCLI's shape (`model`, `data`, `trainer`, plus `run_dir`, `seed_everything`, `ckpt_path`):
 every key can be overridden by a later file or on the command line (`--trainer.max_epochs 2`), lists with `+` are
 appended to (`--trainer.callbacks+ ...`), `${run_dir}` and other keys can be interpolated.
-
-A recipe, which names stages in order:
-
-    name: fasthmr                       # stages run in runs/<name>/<stage>
-    stages:
-      encoder:
-        config: encoder_tiny.yaml       # a one-stage file, relative to the recipe
-        trainer: {max_epochs: 20}       # and any keys of it to override
-
-Keys of a stage are overridden with its name in front: `--encoder.trainer.max_epochs 2`. `--stage encoder` runs one.
-A finished stage is skipped, an interrupted one resumes where it was.
-
 `--ckpt_path last` goes on from the newest checkpoint of `run_dir`; a run that was killed goes on as if it had not been.
+
+A recipe, which names stages in order, each a one-stage file with some keys overridden: finished stages are skipped, an
+interrupted one goes on. `python -m fasthmr.fit -c RECIPE --help` explains it and lists the recipe's stages.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -42,22 +30,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from fasthmr.cli import FitParser, UsageError, flatten
-from fasthmr.files import write_text
+from fasthmr.cli import FitParser, UsageError
 from fasthmr.lit.checkpoint_io import AtomicCheckpointIO
-
-DONE_FILE = "done.json"  # written when a stage has finished: its metrics and the config that gave them
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage ended with: where it wrote, its last validation metrics and its best checkpoint."""
-
-    run_dir: Path
-    metrics: dict[str, float]
-    checkpoint: str
-    resumed: bool = False
-    skipped: bool = False
+from fasthmr.recipe import (
+    LAST_CHECKPOINT,
+    Commands,
+    StageResult,
+    load_recipe,
+    resolved_configs,
+    run_recipe,
+    save_result,
+)
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -70,7 +53,10 @@ class SaveResolvedConfig(SaveConfigCallback):
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI without subcommands, with a few top-level keys of our own."""
+    """One stage of training: LightningCLI without subcommands, with a few top-level keys of our own.
+
+    It parses its arguments when it is made, and makes data, model and trainer when it runs.
+    """
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -110,158 +96,68 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
+    def instantiate_classes(self) -> None:
+        """Nothing yet: arguments are checked, and finished stages skipped, without making a model."""
 
-# ---- one stage -----------------------------------------------------------------------------------
+    @property
+    def resolved(self) -> str:
+        """The config as YAML, all files, overrides and interpolations applied."""
+        text: str = self.parser.dump(self.config, skip_none=False)
+        return text
 
+    def run(self, *, resume: bool) -> StageResult:
+        """Train to the end.
 
-def run_stage(args: Sequence[str], *, resume_if_possible: bool = False) -> StageResult:
-    """Run one config to its end.
+        Args:
+            resume: go on from run_dir's last checkpoint if there is one, instead of refusing to write into a folder
+                that already holds a run.
 
-    Args:
-        args: command-line arguments, `-c FILE` among them.
-        resume_if_possible: go on from run_dir's last checkpoint, and skip a finished run, instead of refusing to
-            write into a folder that already holds one.
-
-    Raises:
-        UsageError: `run_dir` holds another run, or there is nothing to resume.
-    """
-    cli = FitCLI(args)
-    run_dir = Path(cli.config.run_dir)
-    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
-    last = run_dir / "checkpoints" / "last.ckpt"
-    ckpt_path = cli.config.ckpt_path
-    if resume_if_possible:
-        finished = _finished(run_dir, config)
-        if finished is not None:
-            return finished
-        if ckpt_path is None and last.exists():
+        Raises:
+            UsageError: `run_dir` holds another run or cannot be written, or there is nothing to resume.
+        """
+        super().instantiate_classes()
+        run_dir = Path(self.config.run_dir)
+        last = run_dir / LAST_CHECKPOINT
+        ckpt_path = self.config.ckpt_path
+        if resume and ckpt_path is None and last.exists():
             ckpt_path = "last"
-    if ckpt_path == "last":
-        if not last.exists():
-            raise UsageError(f"--ckpt_path last: there is no checkpoint at {last}; start without --ckpt_path")
-        ckpt_path = str(last)
-    elif ckpt_path is not None and not Path(ckpt_path).is_file():
-        raise UsageError(f"--ckpt_path: there is no file {ckpt_path}")
-    elif ckpt_path is None and last.exists():
-        raise UsageError(
-            f"{run_dir} already holds a run ({last}): add --ckpt_path last to go on with it, "
-            "or choose another folder with --run_dir"
+        if ckpt_path == "last":
+            if not last.exists():
+                raise UsageError(f"--ckpt_path last: there is no checkpoint at {last}; start without --ckpt_path")
+            ckpt_path = str(last)
+        elif ckpt_path is not None and not Path(ckpt_path).is_file():
+            raise UsageError(f"--ckpt_path: there is no file {ckpt_path}")
+        elif ckpt_path is None and last.exists():
+            raise UsageError(
+                f"{run_dir} already holds a run ({last}): add --ckpt_path last to go on with it, "
+                "or choose another folder with --run_dir"
+            )
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to run_dir {run_dir}: {error}; choose another with --run_dir") from error
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        return StageResult(
+            run_dir=run_dir,
+            metrics={k: float(v) for k, v in sorted(self.trainer.callback_metrics.items()) if k.startswith("val/")},
+            checkpoint=_best_checkpoint(self.trainer, run_dir),
+            resumed=ckpt_path is not None,
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to run_dir {run_dir}: {error}; choose another with --run_dir") from error
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
-    result = StageResult(
-        run_dir=run_dir,
-        metrics={k: float(v) for k, v in sorted(cli.trainer.callback_metrics.items()) if k.startswith("val/")},
-        checkpoint=_best_checkpoint(cli.trainer),
-        resumed=ckpt_path is not None,
-    )
-    if cli.trainer.is_global_zero:
-        done = {"config": config, "metrics": result.metrics, "checkpoint": result.checkpoint}
-        write_text(run_dir / DONE_FILE, json.dumps(done, indent=1, default=str))
-    return result
 
 
-def _best_checkpoint(trainer: L.Trainer) -> str:
+#: kinds of stages that a recipe can name; a stage without `command` is a "fit"
+COMMANDS: Commands = {"fit": FitCLI}
+
+
+def _best_checkpoint(trainer: L.Trainer, run_dir: Path) -> str:
+    """Path of the best checkpoint, else of the last, else ""; as relative as `run_dir`, so that folders can move."""
     saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     best = [c.best_model_path for c in saved if c.monitor is not None and c.best_model_path]
-    return (best + [c.last_model_path for c in saved if c.last_model_path] + [""])[0]
-
-
-def _finished(run_dir: Path, config: dict[str, Any]) -> StageResult | None:
-    """The result of an earlier run of the same config in `run_dir`; None when it has not finished."""
-    path = run_dir / DONE_FILE
-    if not path.exists():
-        return None
-    done = json.loads(path.read_text())
-    before, now = flatten(done["config"]), flatten(json.loads(json.dumps(config, default=str)))
-    changed = [k for k in sorted({*before, *now}) if k != "ckpt_path" and before.get(k) != now.get(k)]
-    if changed:
-        shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed[:5])
-        raise UsageError(
-            f"{run_dir} holds a finished run of another config ({shown}): give the new one another `--name`, "
-            f"or remove {run_dir}"
-        )
-    return StageResult(run_dir, done["metrics"], done["checkpoint"], skipped=True)
-
-
-# ---- a recipe ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Stages in order; each is the list of arguments that its one-stage run gets."""
-
-    name: str
-    stages: dict[str, list[str]]
-
-
-def load_recipe(files: Sequence[str], rest: Sequence[str]) -> Recipe | None:
-    """Read a recipe and its overrides; None if no file names stages (then it is a one-stage config).
-
-    Raises:
-        UsageError: a file is missing or is no YAML, a stage has no config, an argument belongs to no stage.
-    """
-    contents: dict[str, Any] = {"stages": {}}
-    folder = Path()
-    for file in files:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise UsageError(f"cannot read config {file}: {error}") from error
-        if not isinstance(loaded, dict):
-            raise UsageError(f"config {file} must be a mapping of keys, got {type(loaded).__name__}")
-        if "stages" in loaded:
-            folder = Path(file).parent
-        if unknown := set(loaded) - {"name", "stages"}:
-            if contents["stages"] or "stages" in loaded:
-                raise UsageError(f"unknown key {sorted(unknown)[0]!r} in recipe {file}; it may have: name, stages")
-            return None
-        for stage, keys in loaded.get("stages", {}).items():
-            contents["stages"].setdefault(stage, {}).update(keys)
-        contents["name"] = loaded.get("name", contents.get("name", Path(file).stem))
-    if not contents["stages"]:
-        return None
-
-    parser = argparse.ArgumentParser(prog="python -m fasthmr.fit", usage="%(prog)s -c RECIPE [--STAGE.KEY VALUE ...]")
-    parser.add_argument("--name", default=contents["name"], help="stages run in runs/NAME/STAGE")
-    parser.add_argument("--stage", choices=list(contents["stages"]), help="run only this stage")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved config of each stage")
-    options, overrides = parser.parse_known_args(rest)
-    stages = {}
-    for stage, keys in contents["stages"].items():
-        if "config" not in keys:
-            raise UsageError(f"stage {stage!r} needs the key `config`, the file that it runs")
-        own = [f"--{k}={_as_argument(v)}" for k, v in flatten({k: v for k, v in keys.items() if k != "config"}).items()]
-        stages[stage] = ["-c", str(folder / keys["config"]), f"--run_dir=runs/{options.name}/{stage}", *own]
-    current: list[str] | None = None
-    for argument in overrides:
-        if argument.startswith("--"):
-            stage, _, key = argument[2:].partition(".")
-            if stage not in stages or not key:
-                raise UsageError(
-                    f"unknown option {argument}; a recipe's keys start with a stage: --{next(iter(stages))}.KEY"
-                )
-            current = stages[stage]
-            current.append(f"--{key}")
-        elif current is None:
-            raise UsageError(f"unexpected argument {argument!r}")
-        else:
-            current.append(argument)
-    if options.print_config:
-        for arguments in stages.values():
-            arguments.append("--print_config")
-    if options.stage is not None:
-        stages = {options.stage: stages[options.stage]}
-    return Recipe(options.name, stages)
-
-
-def _as_argument(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    path = (best + [c.last_model_path for c in saved if c.last_model_path] + [""])[0]
+    inside = Path(path).is_relative_to(run_dir.resolve())
+    return str(run_dir / Path(path).relative_to(run_dir.resolve())) if inside else path
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -269,22 +165,19 @@ def _as_argument(value: Any) -> str:
 
 def fit(argv: Sequence[str]) -> dict[str, StageResult]:
     """Run what the command line says; results by stage name ("fit" where the config has only one)."""
-    files_parser = argparse.ArgumentParser(add_help=False)
+    files_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files_parser.add_argument("-c", "--config", action="append", default=[])
     files, rest = files_parser.parse_known_args(argv)
     recipe = load_recipe(files.config, rest)
     if recipe is None:
-        return {"fit": run_stage(argv)}
-    results = {}
-    for number, (stage, arguments) in enumerate(recipe.stages.items(), 1):
-        _say(f"stage {number} of {len(recipe.stages)}: {stage}")
-        results[stage] = run_stage(arguments, resume_if_possible=True)
-    return results
-
-
-@rank_zero_only
-def _say(message: str) -> None:
-    print(f"[fit] {message}", flush=True)
+        command = FitCLI(argv)
+        result = command.run(resume=False)
+        save_result(result, command, inputs={})
+        return {"fit": result}
+    if recipe.print_config:
+        print(resolved_configs(recipe, COMMANDS), end="")
+        raise SystemExit(0)
+    return run_recipe(recipe, COMMANDS)
 
 
 @rank_zero_only
@@ -317,7 +210,10 @@ def main() -> int:
     try:
         print_results(fit(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("[fit] interrupted; go on with --ckpt_path last", file=sys.stderr)
+        print(
+            "[fit] interrupted; a recipe goes on with the same command, one stage with --ckpt_path last",
+            file=sys.stderr,
+        )
         return 130
     except (UsageError, ValueError, OSError) as error:
         if os.environ.get("FASTHMR_TRACEBACK"):

@@ -96,22 +96,6 @@ def test_every_config_is_tested():
     assert {*ENCODERS, *PRIORS} == set(ONE_STAGE)
 
 
-def recipe_arguments(shards: Path) -> list[str]:
-    keys = [*TINY_NET, *QUICK, *tiny_data(shards), "--trainer.max_epochs=1"]
-    return ["-c", str(ROOT / "conf/fasthmr.yaml"), *[k.replace("--", "--encoder.", 1) for k in keys]]
-
-
-def test_recipe_runs_its_stages_and_skips_finished_ones(tiny_shards, tmp_path):
-    first = run_fit(*recipe_arguments(tiny_shards), cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    metrics = json.loads((tmp_path / "runs/fasthmr/encoder/done.json").read_text())["metrics"]
-    assert metrics["val/mpjpe_mm"] > 0
-    again = run_fit(*recipe_arguments(tiny_shards), cwd=tmp_path)
-    assert again.returncode == 0 and "finished earlier" in again.stdout
-    other = run_fit(*recipe_arguments(tiny_shards), "--encoder.model.init_args.ema_decay=0.5", cwd=tmp_path)
-    assert other.returncode == 2 and "model.init_args.ema_decay: 0.998 -> 0.5" in other.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
