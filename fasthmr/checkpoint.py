@@ -2,59 +2,98 @@
 
 Format, version 1
 -----------------
-A file of `torch.save` (zip) that loads with `torch.load(weights_only=True)`: a dict with at least two keys.
+A file of `torch.save` (zip) that loads with `torch.load(weights_only=True)`: a dict with at least two keys. Or a
+safetensors file (`fasthmr.safetensors_io`) with the same names, and the header as JSON in its metadata.
 
 `"fasthmr"`, the header, plain data only:
 
 | key | meaning |
 |---|---|
 | `format_version` | 1 |
-| `kind` | `"encoder"` |
-| `config` | sizes of the network: `HMRConfig.as_dict()` |
-| `merge_plan` | the events of the `LayerMergePlan`, in order: `[{"keep": 2, "drop": [3, 4]}, ...]`; empty for none |
-| `body` | `BodyModel.id` of the body that the rotations and betas belong to |
+| `kind` | `"encoder"`, `"motion_prior"`, `"decoder"` or `"pipeline"` |
+| `body` | `BodyModel.id` of the body that rotations and betas belong to |
 | `weights_prefix` | which weights of `state_dict` to use: those whose names start with it. May be empty |
 
-`"state_dict"`: name -> tensor. The names that start with `weights_prefix` are, without it, exactly those of
-`HMR.state_dict()` for that config and plan; others are allowed and ignored. No body model is ever stored.
+`"state_dict"`: name -> tensor. The names that start with `weights_prefix` are, without it, exactly those of the
+network's own `state_dict()`; others are allowed and ignored. No body model is ever stored.
 
-A motion prior's header has the kind `"motion_prior"`, no plan, and the config `MotionVAEConfig.as_dict()`; its names
-are those of `MotionPrior.state_dict()`, which holds the statistics that poses are normalised with.
+| kind | network | further keys of the header |
+|---|---|---|
+| `encoder` | `HMR` | `config`: `HMRConfig.as_dict()`; `merge_plan`: the events of its `LayerMergePlan`, in order: `[{"keep": 2, "drop": [3, 4]}, ...]`, empty for none |
+| `motion_prior` | `MotionPrior`, with the statistics that poses are normalised with | `config`: `MotionVAEConfig.as_dict()` |
+| `decoder` | `DiffusionDecoder`, its motion prior and all statistics included | `config`: `DiffusionDecoderConfig.as_dict()`; `encoder`: `encoder_id` of the encoder whose features it was trained on |
+| `pipeline` | an `HMR` as `hmr.*` and, unless there is none, a `DiffusionDecoder` as `decoder.*` | `encoder`: a mapping with the keys `config` and `merge_plan` of an encoder; `decoder`: a mapping with the key `config`, or null |
 
-`save_encoder` writes just that, with an empty prefix. A Lightning training checkpoint is a superset: its state dict has
-`net.*` and, with averaged weights, `ema.module.*`; its header names the averaged ones; optimiser and loop states lie
-beside it and are not read into memory here.
-"""
+`save_*` write just that, with an empty prefix. A Lightning training checkpoint is a superset: its state dict has, for
+example, `net.*` and, with averaged weights, `ema.module.*`; its header names the averaged ones; optimiser and loop
+states lie beside it and are not read into memory here.
+
+An encoder and a decoder belong together if the decoder was trained on that very encoder's features: fine-tuning or
+merging the encoder makes its decoder stale. `save_pipeline` compares them; what it wrote is not compared again, because
+both may since have been stored in half precision.
+"""  # noqa: E501  (a table's row is one line)
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-import zlib
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fasthmr.files import written_whole
+from fasthmr.checkpoint_files import (
+    FORMAT_VERSION,
+    HEADER_KEY,
+    CheckpointError,
+    filled,
+    raw_header,
+    read_checkpoint,
+    require_fields,
+    weights_of,
+    write_checkpoint,
+)
 from fasthmr.merging import LayerMergePlan
+from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.hmr import HMR, HMRConfig
 from fasthmr.models.motion_prior import MotionPrior
 from fasthmr.models.motion_vae import MotionVAEConfig
 
-FORMAT_VERSION = 1
-HEADER_KEY = "fasthmr"
-_KIND = "encoder"
-_PRIOR_KIND = "motion_prior"
-_MAX_NAMES = 6
-_READ_BYTES = 2**22
+__all__ = [
+    "HEADER_KEY",
+    "CheckpointError",
+    "DecoderHeader",
+    "EncoderHeader",
+    "EncoderMismatchError",
+    "decoder_header",
+    "encoder_header",
+    "encoder_id",
+    "load_decoder",
+    "load_encoder",
+    "load_pipeline_parts",
+    "load_prior",
+    "network_of",
+    "prior_header",
+    "read_checkpoint",
+    "read_header",
+    "require_same_encoder",
+    "save_decoder",
+    "save_encoder",
+    "save_pipeline",
+    "save_prior",
+    "write_checkpoint",
+]
+
+_ENCODER, _PRIOR, _DECODER, _PIPELINE = "encoder", "motion_prior", "decoder", "pipeline"
+_HMR_PREFIX, _DECODER_PREFIX = "hmr.", "decoder."
 
 
-class CheckpointError(ValueError):
-    """A file is not a checkpoint that this version can load; the message names the file and what is wrong."""
+class EncoderMismatchError(ValueError):
+    """A decoder was about to be used with another encoder than the one whose features it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +107,20 @@ class EncoderHeader:
     weights_prefix: str
 
 
+@dataclass(frozen=True)
+class DecoderHeader:
+    """Header of a decoder's checkpoint; the module's docstring says what each field means."""
+
+    format_version: int
+    config: DiffusionDecoderConfig
+    body: str
+    encoder: str
+    weights_prefix: str
+
+
+# ---- the encoder ----------------------------------------------------------------------------------------------------
+
+
 def encoder_header(config: HMRConfig, body_id: str, merge_plan: LayerMergePlan, weights_prefix: str) -> dict[str, Any]:
     """The header to store under `HEADER_KEY` beside a `state_dict`.
 
@@ -77,49 +130,7 @@ def encoder_header(config: HMRConfig, body_id: str, merge_plan: LayerMergePlan, 
         merge_plan: which of its layers became one.
         weights_prefix: prefix of the weights to use in that state dict, e.g. "net.", "ema.module." or "".
     """
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": _KIND,
-        "config": config.as_dict(),
-        "merge_plan": merge_plan.as_dict()["events"],
-        "body": body_id,
-        "weights_prefix": weights_prefix,
-    }
-
-
-def prior_header(config: MotionVAEConfig, body_id: str, weights_prefix: str) -> dict[str, Any]:
-    """The header of a motion prior's checkpoint: as `encoder_header`, of kind "motion_prior", without a plan."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": _PRIOR_KIND,
-        "config": config.as_dict(),
-        "body": body_id,
-        "weights_prefix": weights_prefix,
-    }
-
-
-def load_prior(path: str | Path) -> tuple[MotionPrior, str]:
-    """The motion prior of a checkpoint, on the CPU and in evaluation mode, and the id of the body it was trained with.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is no motion prior of ours, is damaged, or its weights do not fit its config.
-    """
-    path = Path(path)
-    content = read_checkpoint(path)
-    raw = _raw_header(path, content, _PRIOR_KIND, (("config", dict), ("body", str), ("weights_prefix", str)))
-    _verify_checksums(path, weights=True)
-    weights = _weights(path, content, raw["weights_prefix"])
-    try:
-        config = MotionVAEConfig(**raw["config"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: header field 'config': {error}") from error
-    with torch.device("meta"):
-        prior = MotionPrior(config)
-    _require_same_tensors(path, expected=prior.state_dict(), got=weights)
-    prior.to_empty(device="cpu")
-    prior.load_state_dict(weights)
-    return prior.eval(), raw["body"]
+    return _header_of(_ENCODER, body_id, weights_prefix, **_encoder_structure(config, merge_plan))
 
 
 def save_encoder(path: str | Path, hmr: HMR, body_id: str) -> None:
@@ -133,26 +144,12 @@ def save_encoder(path: str | Path, hmr: HMR, body_id: str) -> None:
     Raises:
         OSError: the file cannot be written, e.g. no permission or a full disk. Nothing half-written stays.
     """
-    path = Path(path)
-    # Cloned, so that a tensor that is a view of a larger storage does not drag all of it into the file.
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in hmr.state_dict().items()}
-    content = {
-        HEADER_KEY: encoder_header(hmr.config, body_id, hmr.merge_plan, weights_prefix=""),
-        "state_dict": weights,
-    }
-    write_checkpoint(path, content)
-
-
-def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain data, atomically; missing folders are made. Raises OSError as `save_encoder` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        torch.save(dict(content), file)
+    _save(path, encoder_header(hmr.config, body_id, hmr.merge_plan, weights_prefix=""), _copied(hmr))
 
 
 def read_header(path: str | Path) -> EncoderHeader:
     """Header of an encoder's checkpoint, without reading its weights. Raises as `load_encoder` does."""
-    return _header(Path(path), read_checkpoint(Path(path)))
+    return _read_encoder_header(Path(path), read_checkpoint(Path(path)))
 
 
 def load_encoder(path: str | Path) -> HMR:
@@ -167,120 +164,244 @@ def load_encoder(path: str | Path) -> HMR:
     """
     path = Path(path)
     content = read_checkpoint(path)
-    header = _header(path, content)
-    _verify_checksums(path, weights=True)
-    weights = _weights(path, content, header.weights_prefix)
-    # Built without memory and filled after: random initial weights would cost time and move the global generator.
-    with torch.device("meta"):
-        hmr = HMR(header.config)
-        hmr.merge_layers(header.merge_plan)
-    _require_same_tensors(path, expected=hmr.state_dict(), got=weights)
-    hmr.to_empty(device="cpu")
-    hmr.load_state_dict(weights)
-    return hmr.eval()
+    header = _read_encoder_header(path, content)
+    return _filled_hmr(path, header.config, header.merge_plan, weights_of(path, content, header.weights_prefix))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Top-level dict of a file, without executing anything in it; its tensors are mapped, not read.
+def encoder_id(hmr: HMR) -> str:
+    """What an encoder computes, as 16 hex digits: a hash of its config, its merge plan and its weights.
+
+    Settings that have their default values are left out, so that settings which are yet to come change no id.
+    """
+    sha = hashlib.sha256()
+    structure = {"config": _changed(hmr.config), "merge_plan": hmr.merge_plan.as_dict()}
+    sha.update(json.dumps(structure, sort_keys=True).encode())
+    for name, tensor in sorted(hmr.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def require_same_encoder(expected_id: str, got_id: str | None, where: str) -> None:
+    """Refuse to use a decoder, or features, with another encoder than the one that they belong to.
+
+    Args:
+        expected_id: `encoder_id` of the encoder in use.
+        got_id: the id stored with a decoder or with features; None where nothing is stored.
+        where: what holds it, for the message, such as a path.
+
+    Raises:
+        EncoderMismatchError: naming both ids.
+    """
+    if got_id != expected_id:
+        theirs = "no encoder" if got_id is None else f"encoder {got_id}"
+        raise EncoderMismatchError(
+            f"{where} belongs to {theirs}, but this is encoder {expected_id}: use the encoder it was made with, or "
+            "train a decoder for this one (model.init_args.init_from starts from another encoder's)"
+        )
+
+
+# ---- the motion prior -----------------------------------------------------------------------------------------------
+
+
+def prior_header(config: MotionVAEConfig, body_id: str, weights_prefix: str) -> dict[str, Any]:
+    """The header of a motion prior's checkpoint; arguments as of `encoder_header`."""
+    return _header_of(_PRIOR, body_id, weights_prefix, config=config.as_dict())
+
+
+def save_prior(path: str | Path, prior: MotionPrior, body_id: str) -> None:
+    """Write a motion prior, atomically; arguments and errors as of `save_encoder`."""
+    _save(path, prior_header(prior.config, body_id, weights_prefix=""), _copied(prior))
+
+
+def load_prior(path: str | Path) -> tuple[MotionPrior, str]:
+    """The motion prior of a checkpoint, on the CPU and in evaluation mode, and the id of the body it was trained with.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, or holds something other than tensors and plain data.
+        CheckpointError: it is no motion prior of ours, is damaged, or its weights do not fit its config.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file; give the checkpoint itself")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is damaged, incomplete, or no checkpoint: it is not a whole zip file")
-    _verify_checksums(path, weights=False)
+    path = Path(path)
+    content = read_checkpoint(path)
+    raw = raw_header(path, content, _PRIOR)
+    require_fields(path, raw, config=dict, body=str, weights_prefix=str)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds objects other than tensors and plain data: {error}") from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a fasthmr checkpoint: it holds a {type(content).__name__}, not a dict")
-    return content
+        config = MotionVAEConfig(**raw["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: header field 'config': {error}") from error
+    weights = weights_of(path, content, raw["weights_prefix"])
+    return filled(path, lambda: MotionPrior(config), weights), raw["body"]
 
 
-def _header(path: Path, content: Mapping[str, Any]) -> EncoderHeader:
-    fields = (("config", dict), ("merge_plan", list), ("body", str), ("weights_prefix", str))
-    raw = _raw_header(path, content, _KIND, fields)
+# ---- the decoder ----------------------------------------------------------------------------------------------------
+
+
+def decoder_header(config: DiffusionDecoderConfig, body_id: str, encoder: str, weights_prefix: str) -> dict[str, Any]:
+    """The header of a decoder's checkpoint.
+
+    Args:
+        config: sizes of the network.
+        body_id: `BodyModel.id` of the body it was trained with.
+        encoder: `encoder_id` of the encoder whose features it was trained on.
+        weights_prefix: as of `encoder_header`.
+    """
+    return _header_of(_DECODER, body_id, weights_prefix, config=config.as_dict(), encoder=encoder)
+
+
+def save_decoder(path: str | Path, decoder: DiffusionDecoder, body_id: str, encoder: str) -> None:
+    """Write a decoder with its motion prior, atomically; arguments as of `decoder_header`, errors of `save_encoder`."""
+    _save(path, decoder_header(decoder.config, body_id, encoder, weights_prefix=""), _copied(decoder))
+
+
+def load_decoder(path: str | Path) -> tuple[DiffusionDecoder, DecoderHeader]:
+    """The decoder of a checkpoint, on the CPU and in evaluation mode, and its header.
+
+    The header says which body and which encoder it belongs to: compare with `require_same_encoder` before use.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no decoder of ours, is damaged, or its weights do not fit its config.
+    """
+    path = Path(path)
+    content = read_checkpoint(path)
+    raw = raw_header(path, content, _DECODER)
+    require_fields(path, raw, config=dict, body=str, encoder=str, weights_prefix=str)
+    config = _decoder_config(path, raw)
+    header = DecoderHeader(raw["format_version"], config, raw["body"], raw["encoder"], raw["weights_prefix"])
+    weights = weights_of(path, content, header.weights_prefix)
+    return filled(path, lambda: DiffusionDecoder(config, header.encoder), weights), header
+
+
+# ---- both together --------------------------------------------------------------------------------------------------
+
+
+def save_pipeline(path: str | Path, hmr: HMR, decoder: DiffusionDecoder | None, body_id: str) -> None:
+    """Write an encoder and its decoder into one file, atomically.
+
+    Args:
+        path: file to write; missing folders are made.
+        hmr: the encoder.
+        decoder: one that was trained on this encoder's features, or None.
+        body_id: `BodyModel.id` of the body that both were trained with.
+
+    Raises:
+        EncoderMismatchError: the decoder was trained on another encoder's features.
+        OSError: as `save_encoder`.
+    """
+    weights = _copied(hmr, _HMR_PREFIX)
+    if decoder is not None:
+        require_same_encoder(encoder_id(hmr), decoder.encoder, where="the decoder")
+        weights |= _copied(decoder, _DECODER_PREFIX)
+    header = _header_of(
+        _PIPELINE,
+        body_id,
+        weights_prefix="",
+        encoder=_encoder_structure(hmr.config, hmr.merge_plan),
+        decoder=None if decoder is None else {"config": decoder.config.as_dict()},
+    )
+    _save(path, header, weights)
+
+
+def load_pipeline_parts(path: str | Path) -> tuple[HMR, DiffusionDecoder | None, str]:
+    """Encoder, decoder and body id of a pipeline's file, or of an encoder's checkpoint: then there is no decoder.
+
+    Networks are on the CPU and in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is of another kind, is damaged, or its weights do not fit its configs.
+    """
+    path = Path(path)
+    content = read_checkpoint(path)
+    raw = raw_header(path, content, _PIPELINE, _ENCODER)
+    if raw["kind"] == _ENCODER:
+        return load_encoder(path), None, read_header(path).body
+    require_fields(path, raw, encoder=dict, body=str, weights_prefix=str)
+    prefix = raw["weights_prefix"]
+    config, plan = _encoder_structure_of(path, raw["encoder"])
+    hmr = _filled_hmr(path, config, plan, weights_of(path, content, prefix + _HMR_PREFIX))
+    if raw.get("decoder") is None:
+        return hmr, None, raw["body"]
+    require_fields(path, raw, decoder=dict)
+    decoder_config = _decoder_config(path, raw["decoder"])
+    weights = weights_of(path, content, prefix + _DECODER_PREFIX)
+    encoder = encoder_id(hmr)
+    return hmr, filled(path, lambda: DiffusionDecoder(decoder_config, encoder), weights), raw["body"]
+
+
+def network_of(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and weights of any checkpoint of ours, without what training needs besides: the prefix is empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is not a checkpoint of ours, or is damaged.
+    """
+    path = Path(path)
+    content = read_checkpoint(path)
+    raw = raw_header(path, content)
+    require_fields(path, raw, weights_prefix=str)
+    return {**raw, "weights_prefix": ""}, weights_of(path, content, raw["weights_prefix"])
+
+
+# ---- internals ------------------------------------------------------------------------------------------------------
+
+
+def _header_of(kind: str, body_id: str, weights_prefix: str, **more: Any) -> dict[str, Any]:
+    common = {"format_version": FORMAT_VERSION, "kind": kind, "body": body_id, "weights_prefix": weights_prefix}
+    return {**common, **more}
+
+
+def _save(path: str | Path, header: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    write_checkpoint(Path(path), {HEADER_KEY: header, "state_dict": weights})
+
+
+def _copied(network: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Its weights on the CPU; cloned, so that a view of a larger storage does not drag all of it into the file."""
+    return {prefix + name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+
+def _encoder_structure(config: HMRConfig, merge_plan: LayerMergePlan) -> dict[str, Any]:
+    return {"config": config.as_dict(), "merge_plan": merge_plan.as_dict()["events"]}
+
+
+def _encoder_structure_of(path: Path, raw: Mapping[str, Any]) -> tuple[HMRConfig, LayerMergePlan]:
+    require_fields(path, raw, config=dict, merge_plan=list)
     try:
         config = HMRConfig.from_dict(raw["config"])
     except ValueError as error:
         raise CheckpointError(f"{path}: header field 'config': {error}") from error
     try:
-        plan = LayerMergePlan.from_dict({"depth": config.vit_depth, "events": raw["merge_plan"]})
+        return config, LayerMergePlan.from_dict({"depth": config.vit_depth, "events": raw["merge_plan"]})
     except ValueError as error:
         raise CheckpointError(f"{path}: header field 'merge_plan': {error}") from error
+
+
+def _read_encoder_header(path: Path, content: Mapping[str, Any]) -> EncoderHeader:
+    raw = raw_header(path, content, _ENCODER)
+    require_fields(path, raw, body=str, weights_prefix=str)
+    config, plan = _encoder_structure_of(path, raw)
     return EncoderHeader(raw["format_version"], config, plan, raw["body"], raw["weights_prefix"])
 
 
-def _raw_header(
-    path: Path, content: Mapping[str, Any], kind: str, fields: tuple[tuple[str, type], ...]
-) -> dict[str, Any]:
-    raw = content.get(HEADER_KEY)
-    if not isinstance(raw, dict) or "format_version" not in raw:
-        raise CheckpointError(f"{path} is not a fasthmr checkpoint: it has no {HEADER_KEY!r} header")
-    version = raw["format_version"]
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {version}, this version of fasthmr reads {FORMAT_VERSION}: "
-            f"use {'a newer' if isinstance(version, int) and version > FORMAT_VERSION else 'the'} fasthmr that wrote it"
-        )
-    if raw.get("kind") != kind:
-        raise CheckpointError(f"{path} is a checkpoint of kind {raw.get('kind')!r}, not {kind!r}")
-    for key, wanted in fields:
-        if not isinstance(raw.get(key), wanted):
-            raise CheckpointError(f"{path}: header field {key!r} must be a {wanted.__name__}, got {raw.get(key)!r}")
-    return raw
+def _filled_hmr(path: Path, config: HMRConfig, plan: LayerMergePlan, weights: dict[str, Tensor]) -> HMR:
+    def build() -> HMR:
+        hmr = HMR(config)
+        hmr.merge_layers(plan)
+        return hmr
+
+    return filled(path, build, weights)
 
 
-def _weights(path: Path, content: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-    state_dict = content.get("state_dict")
-    if not isinstance(state_dict, dict):
-        raise CheckpointError(f"{path} has no 'state_dict'")
-    weights = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-    if not weights:
-        raise CheckpointError(f"{path} has no weights whose names start with {prefix!r}, which its header asks for")
-    return weights
-
-
-def _require_same_tensors(path: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-    problems = []
-    if missing := [name for name in expected if name not in got]:
-        problems.append(f"missing {_names(missing)}")
-    if unexpected := [name for name in got if name not in expected]:
-        problems.append(f"unexpected {_names(unexpected)}")
-    if misshapen := [
-        f"{name} {tuple(got[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in got and got[name].shape != tensor.shape
-    ]:
-        problems.append(f"wrong shape {_names(misshapen)}")
-    if problems:
-        raise CheckpointError(f"the weights of {path} do not fit its config: {'; '.join(problems)}")
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
-
-
-def _verify_checksums(path: Path, weights: bool) -> None:
-    """Compare the file with the checksums inside it: torch maps the weights without looking at them.
-
-    Reads the whole file, or without `weights` only what is not a tensor (torch names tensors `<any>/data/<number>`).
-    """
+def _decoder_config(path: Path, raw: Mapping[str, Any]) -> DiffusionDecoderConfig:
+    require_fields(path, raw, config=dict)
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if weights or Path(member.filename).parent.name != "data":
-                    with archive.open(member) as stream:
-                        while stream.read(_READ_BYTES):
-                            pass  # reading to the end compares the checksum
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+        return DiffusionDecoderConfig.from_dict(raw["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header field 'config': {error}") from error
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a config, and of configs in it, that do not have their default values."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    changed = {f.name: values[f.name] for f in dataclasses.fields(config) if values[f.name] != f.default}
+    return {k: _changed(v) if dataclasses.is_dataclass(v) else v for k, v in changed.items()}
