@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: help install fit test check bench clean
+.PHONY: help install fit test test-body check bench clean
 
 help:
 	@echo "make fit      set up, make the synthetic clips and train the first model (about 12 minutes on 2 cores)"
 	@echo "make test     set up and run the tests (about 10 minutes on 2 cores)"
+	@echo "make test-body  install Anny (0.5 GB) and check that it still makes the free body, byte by byte"
 	@echo "make check    ruff, mypy and the layering contract"
 	@echo "make bench    frames/s of renderer, loader and model on this machine"
 
@@ -24,7 +25,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[install] creating $(VENV) with the versions of constraints.txt (1 to 5 minutes, most of it downloads)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fasthmr needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@# of such an index torch alone: what it needs besides is pinned to PyPI's versions
+	@$(if $(TORCH_INDEX),$(PIP) --no-deps -c constraints.txt torch --index-url $(TORCH_INDEX))
 	@$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@
 
@@ -35,6 +37,11 @@ fit: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "[test] running the tests (about 10 minutes on 2 cores)"
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-body: $(INSTALLED)
+	@echo "[test-body] installing Anny, then making the free body anew (about 3 minutes)"
+	@$(PIP) -c constraints.txt -e ".[body-generator]"
+	$(BIN)/python -m pytest tests/test_body_generate.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ _VERSION = 3
 #: side of the stored crop over the side of the person's box: room for jitter
 CROP_OVER_BOX = 1.5
 _MAX_BETA = 2.5
+_NO_WINDOWS = "false for procedural motion, which has no windows (name a motion set: --motion, --motion_val)"
 _LONGEST_FLIGHT_S = 1.0
 _MIN_BOX_PX = 32.0
 #: nobody who passes by comes nearer to the camera
@@ -102,7 +103,7 @@ class SynthConfig:
             value = getattr(self, name)
             _require(isinstance(value, str) and value != "", name, '"procedural" or a path', value)
         procedural_windows = self.motion_windows and self.motion == "procedural"
-        _require(not procedural_windows, "motion_windows", "false for procedural motion, which has no windows", True)
+        _require(not procedural_windows, "motion_windows", _NO_WINDOWS, True)
         mixed_windows = self.motion_windows and self.procedural_share > 0
         _require(not mixed_windows, "procedural_share", "0 with motion_windows", self.procedural_share)
 
@@ -158,6 +159,8 @@ class SynthSource:
         told["motion"] = f"{self._motions.name}:{self._motions.fingerprint()}"
         if self.config.procedural_share:
             told["procedural"] = self._procedural.fingerprint()
+        else:
+            del told["procedural_share"]  # sets that were made before there was this setting go on
         told["backgrounds"] = [f"{p.name}:{p.stat().st_size}" for p in self._photos] or "procedural"
         return {"kind": "synth", "version": _VERSION, "body": self.body.id, **told}
 
