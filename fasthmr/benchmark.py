@@ -6,8 +6,9 @@ training steps of the tiny encoder (all cores), and the share of its time that t
 The second prints what encoders cost and how fast they are, measured in turn: those of checkpoints, or HMR2.0's size
 with random weights as it is, with layers merged, and with tokens merged besides.
 
-    python -m fasthmr.benchmark encoder                                 HMR2.0's size (needs 9 GB of memory)
+    python -m fasthmr.benchmark encoder                                 HMR2.0's size (needs 14 GB of memory)
     python -m fasthmr.benchmark encoder best.ckpt best-merged.ckpt --batch 1 8 64
+    python -m fasthmr.benchmark encoder --compile                       the same by torch.compile, which takes minutes
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.merging import LayerMergePlan, TokenMerging
 from fasthmr.models.hmr import HMR, HMRConfig
+from fasthmr.report import readable
 
 SIZES = {"hmr2": HMRConfig.hmr2(), "tiny": HMRConfig.tiny()}
 
@@ -117,33 +119,56 @@ def speed_of_data_and_training(seconds: float) -> None:
     Console().print(table)
 
 
-def cost_of_encoders(checkpoints: list[str], size: str, merged: int, batches: list[int], rounds: int) -> None:
+def cost_of_encoders(
+    checkpoints: list[str], size: str, merged: int, batches: list[int], rounds: int, compiled: bool = False
+) -> None:
     """Print cost and speed of encoders: those of checkpoints, or one of a size with random weights in three versions.
+
+    The TFLOP/s that are reached count every matrix product twice, for its multiplications and its additions.
 
     Raises:
         ValueError: a checkpoint or size that cannot be.
     """
+    for name, values in (("--batch", batches), ("--rounds", [rounds])):
+        if min(values) < 1:
+            raise ValueError(f"{name} must be 1 or more, got {min(values)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if checkpoints:
-        encoders = {Path(path).stem: load_encoder(path).to(device) for path in checkpoints}
+        named = zip(short_names(checkpoints), checkpoints, strict=True)
+        encoders = {name: load_encoder(path).to(device) for name, path in named}
     else:
         encoders = {name: hmr.to(device) for name, hmr in three_versions(SIZES[size], merged).items()}
-    table = Table(title=f"bf16, {device}, {torch.get_num_threads()} threads, medians of {rounds} measured in turn")
+    how = f"bf16, {'compiled' if compiled else 'eager'}, {device}, {torch.get_num_threads()} threads"
+    table = Table(title=f"{how}, medians of {rounds} measured in turn")
     names = ["encoder", "layers", "tokens", "params M", "MACs G (thop)", "MACs G (all)"]
-    for name in [*names, *(f"frames/s, batch {batch}" for batch in batches)]:
+    for batch in batches:
+        names += [f"frames/s, batch {batch}", f"TFLOP/s, batch {batch}"]
+    for name in names:
         table.add_column(name, justify="left" if name == "encoder" else "right")
-    speeds = [frames_per_second(encoders, batch, rounds) for batch in batches]
+    speeds = [frames_per_second(encoders, batch, rounds, compiled=compiled) for batch in batches]
     first = next(iter(encoders))
     for name, hmr in encoders.items():
         cost = encoder_cost(hmr.config, hmr.merge_plan)
-        numbers = [f"{cost.params / 1e6:.2f}", f"{cost.macs_thop / 1e9:.2f}", f"{cost.macs_all / 1e9:.2f}"]
-        rates = [f"{speed[name]:.2f} ({speed[name] / speed[first]:.2f} x)" for speed in speeds]
-        table.add_row(name, str(cost.layers), str(cost.tokens), *numbers, *rates)
-    Console(width=160).print(table)
+        numbers = [readable(cost.params / 1e6), readable(cost.macs_thop / 1e9), readable(cost.macs_all / 1e9)]
+        for speed in speeds:
+            numbers += [f"{speed[name]:.2f} ({speed[name] / speed[first]:.2f} x)"]
+            numbers += [readable(2 * cost.macs_all * speed[name] / 1e12)]
+        table.add_row(name, str(cost.layers), str(cost.tokens), *numbers)
+    Console(width=100 + 40 * len(batches)).print(table)
     for name, hmr in encoders.items():
         if hmr.config.token_merging is not None:
-            share = merging_share(hmr, batches[-1], rounds)
-            print(f"{name}: choosing and merging tokens takes {share:.1%} of the first layer, batch {batches[-1]}")
+            shares = (f"{merging_share(hmr, batch, rounds, compiled):.1%} at batch {batch}" for batch in batches)
+            print(f"{name}: of the first layer's time, choosing and merging tokens takes {', '.join(shares)}")
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """A name for each path, all different: its last parts, as few as tell it from the others."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
 
 
 def three_versions(config: HMRConfig, merged: int) -> dict[str, HMR]:
@@ -159,8 +184,8 @@ def three_versions(config: HMRConfig, merged: int) -> dict[str, HMR]:
     return {"baseline": whole, f"{depth - merged} layers": fewer, f"{depth - merged} layers, Mask-ToMe": fewest}
 
 
-def main() -> int:
-    """Entry point."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; user errors end in one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m fasthmr.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,10 +197,13 @@ def main() -> int:
     encoder.add_argument("--merged", type=int, default=4, help="layers less, for random weights")
     encoder.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="frames at a time")
     encoder.add_argument("--rounds", type=int, default=5, help="measurements of each")
-    options = parser.parse_args()
+    encoder.add_argument("--compile", action="store_true", help="by torch.compile; needs a C++ compiler or a GPU")
+    options = parser.parse_args(arguments)
     try:
         if options.what == "encoder":
-            cost_of_encoders(options.checkpoints, options.size, options.merged, options.batch, options.rounds)
+            cost_of_encoders(
+                options.checkpoints, options.size, options.merged, options.batch, options.rounds, options.compile
+            )
         else:
             speed_of_data_and_training(options.seconds)
     except (ValueError, OSError) as error:

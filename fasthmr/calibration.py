@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fasthmr.body import BodyModel
 from fasthmr.conventions import NUM_JOINTS
 from fasthmr.data.batch import ClipBatch, collate, person_mask
+from fasthmr.data.schema import Clip
 from fasthmr.data.shards import ClipStore
 from fasthmr.data.transforms import Augmentation, make_sample
 from fasthmr.files import write_text
-from fasthmr.merging import LayerMergePlan, MergedTokens, merge_blocks
+from fasthmr.merging import LayerMergePlan, MergedTokens, TokenMerging, merge_blocks
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.hmr import HMR, middle_columns
 from fasthmr.models.vit import Block
+
+People = Literal["subject", "all"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class CalibrationSet:
         store = ClipStore(folder)
         store.require_body(body_id)
         chosen = np.linspace(0, len(store) - 1, min(max_clips or len(store), len(store))).round().astype(int)
-        if not any((clip.valid & clip.has_pose[:, None]).any() for clip in map(_labels_of(store), chosen[:16])):
+        if not any(_has_labels(store[int(i)], frames_per_clip) for i in chosen):
             raise ValueError(f"{folder} has no pose labels to measure errors with: calibrate on a set that has")
         clips = tuple(_spread(store, int(i), frames_per_clip) for i in chosen[rank::world_size])
         shards = json.dumps([store.manifest.shards, [int(i) for i in chosen], frames_per_clip], sort_keys=True)
@@ -77,15 +85,31 @@ class CalibrationSet:
         frames = sum(min(frames_per_clip, lengths[i]) for i in chosen)
         return cls(clips, frames, hashlib.sha256(shards.encode()).hexdigest()[:16])
 
+    def require_masks(self, merging: TokenMerging | None) -> None:
+        """Refuse token merging by masks that a clip does not have: it is not the same as a clip without a person.
 
-def _labels_of(store: ClipStore) -> Callable[[int], ClipBatch]:
-    return lambda index: _spread(store, int(index), 2)
+        Raises:
+            ValueError: naming the clip.
+        """
+        if merging is not None and merging.mask == "given":
+            for clip in self.clips:
+                if not all(clip.has_masks):
+                    person_mask(clip, required=True)  # raises
+
+
+def _frames_of(clip: Clip, frames: int) -> np.ndarray:
+    """Numbers of `frames` frames spread evenly over a clip; all of a shorter one."""
+    return np.linspace(0, len(clip.frames) - 1, min(frames, len(clip.frames))).round().astype(int)
+
+
+def _has_labels(clip: Clip, frames: int) -> bool:
+    labelled = clip.body is not None and clip.status["pose"] != "missing"
+    return labelled and bool(clip.valid[_frames_of(clip, frames)].any())
 
 
 def _spread(store: ClipStore, index: int, frames: int) -> ClipBatch:
     clip = store[index]
-    chosen = np.linspace(0, len(clip.frames) - 1, min(frames, len(clip.frames))).round().astype(int)
-    return collate([make_sample(clip, chosen, np.random.default_rng(0), Augmentation.off())])
+    return collate([make_sample(clip, _frames_of(clip, frames), np.random.default_rng(0), Augmentation.off())])
 
 
 class PlanErrors:
@@ -104,6 +128,9 @@ class PlanErrors:
         cache_gb: memory for the layers' outputs; 0 keeps nothing.
         precision: "bf16" or "32".
         mask_people: whose tokens merging protects: the tracked person's ("subject"), or those of "all".
+
+    Raises:
+        ValueError: a setting that cannot be, or the encoder merges tokens by mask and a clip has none; names it.
     """
 
     def __init__(
@@ -114,16 +141,21 @@ class PlanErrors:
         protocol: str = "body-24",
         cache_gb: float = 4.0,
         precision: str = "bf16",
-        mask_people: Literal["subject", "all"] = "subject",
+        mask_people: People = "subject",
     ) -> None:
         if precision not in ("bf16", "32"):
             raise ValueError(f"precision must be 'bf16' or '32', got {precision!r}")
-        if cache_gb < 0:
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        if mask_people not in get_args(People):
+            raise ValueError(f"mask_people must be 'subject' or 'all', got {mask_people!r}")
+        if not 0 <= cache_gb < math.inf:
             raise ValueError(f"cache_gb must be 0 or more, got {cache_gb}")
+        calibration.require_masks(hmr.config.token_merging)
         self.hmr, self.body, self.calibration = hmr, body, calibration
         self.device = hmr.smpl_head.init_cam.device
         self.errors = PoseErrors(PROTOCOLS[protocol]).to(self.device)
-        self.mask_people: Literal["subject", "all"] = mask_people
+        self.mask_people: People = mask_people
         self.autocast = precision == "bf16"
         self.depth = len(hmr.backbone.blocks)
         token_bytes = 4 * hmr.config.vit_dim * hmr.backbone.num_tokens
@@ -161,22 +193,39 @@ class PlanErrors:
 
     @torch.inference_mode()
     def token_features(self, samples: int = 1024, seed: int = 0) -> list[Tensor]:
-        """Outputs of every layer, un-merged, at the same random tokens: `depth` tensors (samples, D), float32, on the
-        CPU; for `linear_cka`. Token merging is left out, since merged tokens have no counterpart."""
-        per_clip = -(-samples // max(1, len(self.calibration.clips)))
-        generator = torch.Generator().manual_seed(seed)
-        features: list[list[Tensor]] = [[] for _ in range(self.depth)]
+        """Outputs of every layer, un-merged, at the same random tokens, for `linear_cka`.
+
+        Token merging is left out, since merged tokens have no counterpart. Which tokens these are depends on the set
+        and the seed alone: with several ranks, each computes those of its own clips, and all get all of them.
+
+        Returns:
+            `depth` tensors (samples, D), float32, on the CPU, the same on every rank; fewer samples from a set that has
+            fewer tokens.
+        """
+        clips = sum(_from_all_ranks(len(self.calibration.clips)))
+        per_clip = -(-samples // max(1, clips))
         was_training = self.hmr.training
         self.hmr.eval()
-        for clip in self.calibration.clips:
-            with self._amp():
-                tokens = self._embed(clip).tokens
-                chosen = torch.randint(tokens.shape[0] * tokens.shape[1], (per_clip,), generator=generator)
-                for number, block in enumerate(self.hmr.backbone.layers):
-                    tokens = block(tokens)
-                    features[number].append(tokens.flatten(0, 1)[chosen.to(tokens.device)].float().cpu())
-        self.hmr.train(was_training)
-        return [torch.cat(layer)[:samples] for layer in features]
+        try:
+            here = {clip.keys[0]: self._features_of(clip, per_clip, seed) for clip in self.calibration.clips}
+        finally:
+            self.hmr.train(was_training)
+        every = dict(itertools.chain.from_iterable(share.items() for share in _from_all_ranks(here)))
+        by_key = torch.cat([every[key] for key in sorted(every)], dim=1)
+        return list(by_key[:, :samples])
+
+    def _features_of(self, clip: ClipBatch, count: int, seed: int) -> Tensor:
+        """Outputs of every layer at `count` random tokens of a clip: (depth, count, D), on the CPU."""
+        digest = hashlib.sha256(f"{seed} {clip.keys[0]}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        features = []
+        with self._amp():
+            tokens = self._embed(clip).tokens
+            chosen = torch.randperm(tokens.shape[0] * tokens.shape[1], generator=generator)[:count].to(tokens.device)
+            for block in self.hmr.backbone.layers:
+                tokens = block(tokens)
+                features.append(tokens.flatten(0, 1)[chosen].float().cpu())
+        return torch.stack(features)
 
     def _fill(self, clip: ClipBatch) -> dict[int, MergedTokens]:
         states: dict[int, MergedTokens] = {}
@@ -192,7 +241,8 @@ class PlanErrors:
 
     def _embed(self, clip: ClipBatch) -> MergedTokens:
         images = middle_columns(clip.network_input()).to(self.device)
-        person = self.hmr.person_tokens(person_mask(clip, self.mask_people).to(self.device))
+        mask = person_mask(clip, self.mask_people)
+        person = self.hmr.person_tokens(mask if mask is None else mask.to(self.device))
         return MergedTokens.start(self.hmr.backbone.embed(images), person)
 
     def _add(self, clip: ClipBatch, rotations: Tensor, betas: Tensor) -> None:
@@ -216,30 +266,92 @@ class PlanErrors:
 class RememberedErrors:
     """An error function that writes down what it evaluated, so that an interrupted search goes on where it was.
 
+    With several ranks, the first one alone keeps the file and says for each plan whether it is known: a rank that
+    evaluates waits for the others, so all must. That also lets a search go on with another number of processes. All
+    ranks must ask for the same plans.
+
     Args:
         error: the error function.
         file: where to remember, JSON; written after each evaluation, whole.
         fingerprint: of everything that the errors depend on but the plan; a file of another one is an error.
 
+    Attributes:
+        evaluations: how many plans were evaluated, not remembered.
+        seconds: that it took.
+
     Raises:
-        ValueError: the file remembers errors of something else, or is none of ours.
+        ValueError: the file remembers errors of something else, or is none of ours; on every rank.
     """
 
     def __init__(self, error: Callable[[LayerMergePlan], float], file: Path, fingerprint: str) -> None:
         self.error, self.file, self.fingerprint = error, file, fingerprint
+        self.evaluations, self.seconds = 0, 0.0
         self.remembered: dict[str, float] = {}
-        if file.exists():
-            content = json.loads(file.read_text())
-            if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
-                raise ValueError(
-                    f"{file} remembers a search of other weights, data or settings: remove it, or choose another --out"
-                )
-            self.remembered = dict(content["errors_mm"])
+        problem = ""
+        if _rank() == 0:
+            try:
+                self.remembered = _read_errors(file, fingerprint)
+            except ValueError as damage:
+                problem = str(damage)
+        problem = _from_first_rank(problem)
+        if problem:
+            raise ValueError(problem)
 
     def __call__(self, plan: LayerMergePlan) -> float:
         """Error of a plan, mm, remembered or evaluated now."""
         key = plan.as_json()
-        if key not in self.remembered:
-            self.remembered[key] = self.error(plan)
+        known = _from_first_rank(self.remembered.get(key))
+        if known is not None:
+            return known
+        start = time.perf_counter()
+        value = self.error(plan)
+        self.seconds += time.perf_counter() - start
+        self.evaluations += 1
+        if _rank() == 0 and math.isfinite(value):
+            self.remembered[key] = value
             write_text(self.file, json.dumps({"fingerprint": self.fingerprint, "errors_mm": self.remembered}, indent=1))
-        return self.remembered[key]
+        return value
+
+    def forget(self) -> None:
+        """Remove the file: the search is done."""
+        if _rank() == 0:
+            self.file.unlink(missing_ok=True)
+
+
+def _read_errors(file: Path, fingerprint: str) -> dict[str, float]:
+    """What a file remembers; nothing if there is none."""
+    if not file.exists():
+        return {}
+    try:
+        content: Any = json.loads(file.read_text())
+        errors = {plan: float(value) for plan, value in content["errors_mm"].items()}
+        found = content["fingerprint"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is no record of a search, or damaged ({error}): remove it to search anew") from error
+    if found != fingerprint:
+        raise ValueError(
+            f"{file} remembers a search of other weights, data or settings: remove it, or choose another --out"
+        )
+    return errors
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _from_first_rank(value: T) -> T:
+    """The first rank's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _from_all_ranks(value: T) -> list[T]:
+    """The values of all ranks in order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

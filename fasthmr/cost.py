@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -107,7 +106,9 @@ def interleaved_seconds(systems: Mapping[str, Callable[[], object]], rounds: int
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def frames_per_second(encoders: Mapping[str, HMR], batch: int, rounds: int = 5, bf16: bool = True) -> dict[str, float]:
+def frames_per_second(
+    encoders: Mapping[str, HMR], batch: int, rounds: int = 5, bf16: bool = True, compiled: bool = False
+) -> dict[str, float]:
     """Frames/s of encoders on the device that they are on, measured in turn, medians.
 
     Args:
@@ -115,46 +116,68 @@ def frames_per_second(encoders: Mapping[str, HMR], batch: int, rounds: int = 5, 
         batch: frames at a time.
         rounds: measurements of each.
         bf16: with weights and images in bfloat16 (a copy; read-outs stay in float32), as one would run them.
+        compiled: by torch.compile, whose time is not counted.
+
+    Raises:
+        ValueError: `batch` or `rounds` is below 1.
     """
+    if batch < 1:
+        raise ValueError(f"batch must be 1 or more, got {batch}")
     device = next(iter(encoders.values())).smpl_head.init_cam.device
     images, mask = _someone(batch, device)
     if bf16:
         encoders, images = {name: in_bf16(hmr) for name, hmr in encoders.items()}, images.bfloat16()
-
-    @torch.inference_mode()
-    def call(hmr: HMR) -> None:
-        hmr(images, mask)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    seconds = interleaved_seconds({name: functools.partial(call, hmr) for name, hmr in encoders.items()}, rounds)
+    if compiled:
+        torch.compiler.reset()  # so that no shape of an earlier measurement makes these dynamic
+    calls = {name: _timed(hmr, images, mask, device=device, compiled=compiled) for name, hmr in encoders.items()}
+    seconds = interleaved_seconds(calls, rounds)
     return {name: batch / value for name, value in seconds.items()}
 
 
-def merging_share(hmr: HMR, batch: int, rounds: int = 5) -> float:
+def merging_share(hmr: HMR, batch: int, rounds: int = 5, compiled: bool = False) -> float:
     """What share of the time of the first layer goes into choosing and merging its tokens (bf16).
 
     Raises:
-        ValueError: the encoder merges no tokens.
+        ValueError: the encoder merges no tokens, or `batch` or `rounds` is below 1.
     """
     settings = hmr.config.token_merging
     if settings is None:
         raise ValueError("this encoder merges no tokens")
+    if batch < 1:
+        raise ValueError(f"batch must be 1 or more, got {batch}")
     hmr = in_bf16(hmr)
-    images, mask = _someone(batch, hmr.smpl_head.init_cam.device)
+    device = hmr.smpl_head.init_cam.device
+    images, mask = _someone(batch, device)
     with torch.inference_mode():
         tokens = hmr.backbone.embed(middle_columns(images).bfloat16())
         state = MergedTokens.start(tokens, hmr.person_tokens(mask))
-        block, merged = hmr.backbone.layers[0], hmr.backbone.tokens_merged(len(hmr.backbone.blocks))[0]
-        keys = tokens.unflatten(-1, (hmr.config.vit_heads, -1)).mean(2)
-
-        def choose_and_merge() -> None:
-            merge_tokens(tokens, keys, state.is_person, merged, state.sizes, settings.average, state.slots)
-
-        seconds = interleaved_seconds(
-            {"block": lambda: block.forward_merging(state, merged, settings), "merging": choose_and_merge}, rounds
-        )
+    block, merged = hmr.backbone.layers[0], hmr.backbone.tokens_merged(len(hmr.backbone.blocks))[0]
+    keys = tokens.unflatten(-1, (hmr.config.vit_heads, -1)).mean(2)
+    sizes = (state.sizes, settings.average, state.slots)
+    calls = {
+        "block": _timed(block.forward_merging, state, merged, settings, device=device, compiled=compiled),
+        "merging": _timed(
+            merge_tokens, tokens, keys, state.is_person, merged, *sizes, device=device, compiled=compiled
+        ),
+    }
+    seconds = interleaved_seconds(calls, rounds)
     return seconds["merging"] / seconds["block"]
+
+
+def _timed(
+    function: Callable[..., object], *arguments: object, device: torch.device, compiled: bool
+) -> Callable[[], None]:
+    """A call as it is timed: without gradients, until the device is done."""
+    if compiled:
+        function = torch.compile(function, dynamic=False)
+
+    @torch.inference_mode()
+    def call() -> None:
+        function(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
 
 
 def in_bf16(hmr: HMR) -> HMR:

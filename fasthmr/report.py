@@ -1,8 +1,9 @@
-"""Pictures of reports, drawn with matplotlib."""
+"""What reports show: pictures, drawn with matplotlib, and numbers for people."""
 
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,42 @@ def draw_merge_report(report: dict[str, Any], file: Path) -> None:
         report: as `fasthmr.merge.merge` returns it.
         file: PNG to write, whole or not at all.
     """
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(15, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    search, similarity, plan, cost = figure.subplots(2, 2).flat
-    _draw_search(search, report)
-    _draw_similarity(similarity, np.array(report["cka"]))
-    draw_plan(plan, LayerMergePlan.from_dict(report["plan"]))
-    _draw_cost(cost, report)
+    panels = figure.subplot_mosaic([["search", "commits", "similarity"], ["plan", "plan", "cost"]])
+    _draw_search(panels["search"], report)
+    _draw_commits(panels["commits"], report["commits"])
+    _draw_similarity(panels["similarity"], np.array(report["cka"]))
+    draw_plan(panels["plan"], LayerMergePlan.from_dict(report["plan"]))
+    _draw_cost(panels["cost"], report)
     save_figure(figure, file)
+
+
+def readable(value: float) -> str:
+    """A number with two decimals, and more where it is so small that these would be fewer than three digits: 670.21,
+    7.83, 0.0123."""
+    decimals = 2 if value == 0 else max(2, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
+
+
+def cost_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What `fasthmr.merge` compares: rows of a name, the value before and the value after."""
+    before, after, speed = report["cost"]["before"], report["cost"]["after"], report["frames_per_s"]
+    rows = [
+        ("MPJPE, mm", f"{report['base_mpjpe_mm']:.2f}", f"{report['final_mpjpe_mm']:.2f}"),
+        ("layers", str(before["layers"]), str(after["layers"])),
+        ("tokens", str(before["tokens"]), str(after["tokens"])),
+    ]
+    for name, key, unit in (
+        ("parameters, M", "params", 1e6),
+        ("multiply-adds, G (thop)", "macs_thop", 1e9),
+        ("multiply-adds, G (all)", "macs_all", 1e9),
+    ):
+        rows.append((name, readable(before[key] / unit), readable(after[key] / unit)))
+    rows.append(
+        (f"frames/s ({speed['device']}, batch {speed['batch']})", f"{speed['before']:.1f}", f"{speed['after']:.1f}")
+    )
+    return rows
 
 
 def draw_plan(axes: Axes, plan: LayerMergePlan) -> None:
@@ -76,34 +105,50 @@ def _draw_search(axes: Axes, report: dict[str, Any]) -> None:
     base, tau = report["base_mpjpe_mm"], report["tau_mm"]
     values = [step["mpjpe_mm"] for step in steps]
     colors = ["C2" if step["accepted"] else "C3" for step in steps]
-    axes.scatter(range(len(steps)), values, c=colors, zorder=3)
+    axes.scatter(range(len(steps)), values, c=colors if tau is not None else "C0", zorder=3)
     axes.plot(values, color="0.7", zorder=2)
     axes.axhline(base, color="0.3", linewidth=1)
-    axes.axhline(base + tau, color="0.3", linewidth=1, linestyle="--")
-    axes.set_title(f"search, tau = {tau:g} mm (green: accepted)")
+    if tau is not None:
+        axes.axhline(base + tau, color="0.3", linewidth=1, linestyle="--")
+        axes.set_title(f"search, tau = {tau:g} mm (green: accepted)")
+    else:
+        axes.set_title("the given plan, event after event")
     axes.set(xlabel="plan tried", ylabel=f"MPJPE, mm ({report['protocol']})")
     axes.grid(alpha=0.3)
 
 
+def _draw_commits(axes: Axes, commits: list[dict[str, Any]]) -> None:
+    """An arrow from the error before each commit to that after it, the first commit on top."""
+    axes.set_title("error before and after each commit" if commits else "nothing was merged")
+    if not commits:
+        axes.axis("off")
+        return
+    for row, commit in enumerate(commits):
+        before, after = commit["before_mm"], commit["after_mm"]
+        axes.annotate("", (after, row), (before, row), arrowprops={"arrowstyle": "->", "color": "C0", "linewidth": 2})
+        axes.plot([before, after], [row, row], "o", color="C0", markersize=3)
+        axes.annotate(
+            f"{before:.2f} -> {after:.2f}", ((before + after) / 2, row), (0, 6), textcoords="offset points",
+            ha="center", fontsize=8,
+        )  # fmt: skip
+    names = [f"{commit['keep']} to {commit['drop'][-1]}" for commit in commits]
+    axes.set(ylim=(len(commits) - 0.3, -0.7), yticks=range(len(commits)), yticklabels=names)
+    axes.set(ylabel="layers", xlabel="MPJPE, mm")
+    axes.margins(x=0.25)
+    axes.grid(alpha=0.3, axis="x")
+
+
 def _draw_similarity(axes: Axes, cka: np.ndarray) -> None:
-    image = axes.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower")
+    image = axes.imshow(cka, vmin=float(cka.min()), vmax=1, cmap="viridis", origin="lower")
     axes.set_title("similarity of layers (linear CKA of token features)")
     axes.set(xlabel="layer", ylabel="layer")
-    axes.figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes, label=f"linear CKA, debiased: {cka.min():.3f} (least similar) to 1")
 
 
 def _draw_cost(axes: Axes, report: dict[str, Any]) -> None:
-    before, after, speed = report["cost"]["before"], report["cost"]["after"], report["frames_per_s"]
-    rows = [
-        ("MPJPE, mm", f"{report['base_mpjpe_mm']:.2f}", f"{report['final_mpjpe_mm']:.2f}"),
-        ("layers", str(before["layers"]), str(after["layers"])),
-        ("tokens", str(before["tokens"]), str(after["tokens"])),
-        ("parameters, M", f"{before['params'] / 1e6:.2f}", f"{after['params'] / 1e6:.2f}"),
-        ("multiply-adds, G (thop)", f"{before['macs_thop'] / 1e9:.2f}", f"{after['macs_thop'] / 1e9:.2f}"),
-        ("multiply-adds, G (all)", f"{before['macs_all'] / 1e9:.2f}", f"{after['macs_all'] / 1e9:.2f}"),
-        (f"frames/s ({speed['device']}, batch {speed['batch']})", f"{speed['before']:.1f}", f"{speed['after']:.1f}"),
-    ]
     axes.axis("off")
-    table = axes.table([list(row) for row in rows], colLabels=["", "before", "after"], loc="center", cellLoc="right")
+    table = axes.table(
+        [list(row) for row in cost_rows(report)], colLabels=["", "before", "after"], loc="center", cellLoc="right"
+    )
     table.auto_set_column_width([0, 1, 2])
     table.scale(1, 1.5)

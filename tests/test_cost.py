@@ -1,16 +1,21 @@
 """Costs: the paper's table to the digit, and what thop leaves out."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fasthmr.cost import encoder_cost, frames_per_second, interleaved_seconds
+from fasthmr import benchmark, cost
+from fasthmr.body import load_body
+from fasthmr.checkpoint import save_encoder
+from fasthmr.cost import encoder_cost, frames_per_second, interleaved_seconds, merging_share
 from fasthmr.merging import LayerMergePlan, TokenMerging
 from fasthmr.merging.similarity import linear_cka
 from fasthmr.models.hmr import HMR, HMRConfig
 
 FULL = HMRConfig.hmr2()
+SMALL = HMRConfig(vit_dim=32, vit_depth=4, vit_heads=2, head_dim=32, head_depth=1, head_heads=2, head_mlp_dim=32)
 MERGED = LayerMergePlan(32).merged(27, 31)
 
 
@@ -55,9 +60,62 @@ def test_measured_in_turn():
 
 
 def test_frames_per_second():
-    small = HMRConfig(vit_dim=32, vit_depth=4, vit_heads=2, head_dim=32, head_depth=1, head_heads=2, head_mlp_dim=32)
-    encoders = {"whole": HMR(small).eval(), "few": HMR(replace(small, token_merging=TokenMerging())).eval()}
+    encoders = {"whole": HMR(SMALL).eval(), "few": HMR(replace(SMALL, token_merging=TokenMerging())).eval()}
     assert all(rate > 0 for rate in frames_per_second(encoders, batch=2, rounds=1).values())
+    with pytest.raises(ValueError, match="batch must be 1 or more, got 0"):
+        frames_per_second(encoders, batch=0)
+
+
+def test_compiled_means_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(cost.torch, "compile", lambda function, **_: compiled.append(function) or function)
+    hmr = HMR(replace(SMALL, token_merging=TokenMerging())).eval()
+    frames_per_second({"few": hmr}, batch=1, rounds=1, compiled=True)
+    merging_share(hmr, batch=1, rounds=1, compiled=True)
+    assert len(compiled) == 3
+    frames_per_second({"few": hmr}, batch=1, rounds=1)
+    assert len(compiled) == 3
+
+
+class TestBenchmarkOfEncoders:
+    def test_two_checkpoints_of_one_name_are_two_rows_with_what_they_reach(self, tmp_path, capsys, monkeypatch):
+        torch.manual_seed(0)
+        for folder, tokens in (("a", None), ("b", TokenMerging(keep_tokens=150))):
+            (tmp_path / folder).mkdir()
+            hmr = HMR(replace(SMALL, token_merging=tokens)).eval()
+            save_encoder(tmp_path / folder / "best.ckpt", hmr, load_body().id)
+        shared = {"a/best": 1000.0, "b/best": 2000.0}
+        monkeypatch.setattr(benchmark, "frames_per_second", lambda encoders, *_, **__: {n: shared[n] for n in encoders})
+        paths = [str(tmp_path / folder / "best.ckpt") for folder in "ab"]
+        assert benchmark.main(["encoder", *paths, "--batch", "1", "4", "--rounds", "1"]) == 0
+        printed = capsys.readouterr().out
+        rows = {
+            line.split("│")[1].strip(): line.split("│")[2:-1] for line in printed.splitlines() if line.startswith("│")
+        }
+        assert list(rows) == ["a/best", "b/best"]
+        reached = 2 * encoder_cost(SMALL).macs_all * 1000.0 / 1e12
+        assert float(rows["a/best"][-1]) == pytest.approx(reached, rel=0.01)
+        assert "% at batch 1, " in printed and "% at batch 4" in printed
+
+    @pytest.mark.parametrize(
+        ("paths", "names"),
+        [
+            (["x/a.ckpt", "y/b.ckpt"], ["a", "b"]),
+            (["r/x/best.ckpt", "r/y/best.ckpt"], ["x/best", "y/best"]),
+            (["x/best.ckpt", "best.ckpt"], ["x/best", "best"]),
+            (["a.ckpt", "a.ckpt"], ["a.ckpt (1)", "a.ckpt (2)"]),
+        ],
+    )
+    def test_short_names(self, paths, names):
+        assert benchmark.short_names(paths) == names
+
+    @pytest.mark.parametrize("flag", ["--batch", "--rounds"])
+    def test_mistakes_end_in_one_line(self, capsys, flag):
+        assert benchmark.main(["encoder", "--size", "tiny", flag, "0"]) == 2
+        assert capsys.readouterr().err == f"error: {flag} must be 1 or more, got 0\n"
+
+    def test_the_help_names_the_memory_that_was_measured(self):
+        assert "needs 14 GB of memory" in benchmark.__doc__
 
 
 class TestSimilarity:
@@ -66,13 +124,27 @@ class TestSimilarity:
         turned = 3.0 * features @ torch.linalg.qr(torch.randn(8, 8)).Q + 5.0
         torch.testing.assert_close(linear_cka([features, turned])[0, 1], torch.tensor(1.0, dtype=torch.float64))
 
-    def test_against_the_definition_in_feature_space(self):
-        x, y = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 4, dtype=torch.float64)
-        xc, yc = x - x.mean(0), y - y.mean(0)
-        expected = (yc.T @ xc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
-        torch.testing.assert_close(linear_cka([x, y])[0, 1], expected)
+    def test_the_products_are_the_unbiased_estimator(self):
+        """Averages over all pairs, triples and quadruples of different samples (Song et al. 2012, Eq. 4)."""
+        x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+
+        def hsic(a: torch.Tensor, b: torch.Tensor) -> float:
+            k, g = (a @ a.T).tolist(), (b @ b.T).tolist()
+            pairs = [k[i][j] * g[i][j] for i, j in itertools.permutations(range(6), 2)]
+            triples = [k[i][j] * g[i][q] for i, j, q in itertools.permutations(range(6), 3)]
+            quadruples = [k[i][j] * g[q][r] for i, j, q, r in itertools.permutations(range(6), 4)]
+            mean = [sum(values) / len(values) for values in (pairs, triples, quadruples)]
+            return mean[0] - 2 * mean[1] + mean[2]
+
+        expected = hsic(x, y) / (hsic(x, x) * hsic(y, y)) ** 0.5
+        assert float(linear_cka([x, y])[0, 1]) == pytest.approx(expected, abs=1e-12)
+
+    def test_independent_features_score_0_also_where_they_are_wide(self):
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(2, 512, 1280, generator=generator)
+        assert abs(float(linear_cka([x, y])[0, 1])) < 0.01
 
     def test_of_constant_features_is_0_and_too_few_samples_are_refused(self):
         assert linear_cka([torch.ones(5, 3), torch.randn(5, 3)])[0, 1] == 0
-        with pytest.raises(ValueError, match="two or more samples"):
-            linear_cka([torch.ones(1, 3)])
+        with pytest.raises(ValueError, match="4 or more samples"):
+            linear_cka([torch.ones(3, 3)])

@@ -18,7 +18,7 @@ from fasthmr.data.batch import ClipBatch
 from fasthmr.lit.encoder import MergedEncoderModule, NonFiniteLossError
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer, decay_groups, warmup_cosine
 from fasthmr.losses import LossWeights, token_joint_loss
-from fasthmr.merging import LayerMergePlan
+from fasthmr.merging import LayerMergePlan, TokenMerging
 from fasthmr.models.hmr import HMR, TOKEN_GRID, HMRConfig, HMROutput
 
 TINY = HMRConfig(
@@ -72,6 +72,20 @@ def test_a_loss_that_is_not_finite_names_the_clips(batch):
     module.trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
     with pytest.raises(NonFiniteLossError, match=batch.keys[0]):
         module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("mask", ["given", "none"])
+def test_clips_without_masks_are_refused_where_tokens_are_merged_by_mask(batch, mask):
+    merging = TokenMerging(keep_tokens=150, per_layer=42, mask=mask)
+    module = MergedEncoderModule(dataclasses.replace(TINY, token_merging=merging), ema_decay=None)
+    bare = dataclasses.replace(batch, has_masks=[True, False])
+    for step in (module.loss, lambda clips: module.eval().validation_step(clips, 0)):
+        step(batch)
+        if mask == "none":
+            step(bare)
+        else:
+            with pytest.raises(ValueError, match=f"these clips have no masks: {batch.keys[1]}"):
+                step(bare)
 
 
 def test_schedule_warms_up_then_falls_to_its_end():

@@ -127,7 +127,7 @@ class TestMergeBlocks:
     def test_two_layers_leave_the_later_one(self, hmr2_small):
         merged = merge_blocks(hmr2_small.backbone.blocks, LayerMergePlan(4).merged(1, 2))
         for name, parameter in merged[1].named_parameters():
-            torch.testing.assert_close(parameter, hmr2_small.backbone.blocks["2"].get_parameter(name))
+            assert torch.equal(parameter, hmr2_small.backbone.blocks["2"].get_parameter(name))
 
     def test_the_rule_is_not_associative_so_the_order_of_events_counts(self, hmr2_small):
         blocks = hmr2_small.backbone.blocks
@@ -184,6 +184,38 @@ class TestSearch:
 
     def test_the_comparison_is_strict(self):
         assert search_layer_merges(2, lambda plan: 70.0 + (len(plan.layers) == 1), tau=1.0).events == ()
+
+    @pytest.mark.parametrize("case", json.loads((FIXTURES / "eclm.json").read_text()), ids=lambda case: case["name"])
+    @pytest.mark.parametrize("min_layers", [1, 2, 3])
+    def test_at_least_so_many_layers_stay(self, case, min_layers):
+        """As if every plan below had been tried and refused; all others are tried in the same order."""
+        tried, expected = [], []
+
+        def error(plan: LayerMergePlan) -> float:
+            tried.append(list(plan.group_sizes))
+            return case["table"][",".join(map(str, plan.group_sizes))]
+
+        def refusing(plan: LayerMergePlan) -> float:
+            if len(plan.layers) < min_layers:
+                return 1e6
+            expected.append(list(plan.group_sizes))
+            return case["table"].get(",".join(map(str, plan.group_sizes)), 1e6)
+
+        plan = search_layer_merges(case["L"], error, case["tau"], min_layers=min_layers)
+        assert plan == search_layer_merges(case["L"], refusing, case["tau"])
+        assert tried == expected and len(plan.layers) >= min_layers
+
+    def test_a_window_that_may_not_grow_is_committed(self):
+        evaluated = []
+        plan = search_layer_merges(6, lambda plan: evaluated.append(str(plan)) or 1.0, 5.0, min_layers=3)
+        assert str(plan) == "0 1 2+3+4+5"
+        assert evaluated == ["0 1 2 3 4 5", "0 1 2 3 4+5", "0 1 2 3+4+5", "0 1 2+3+4+5"]
+        assert search_layer_merges(3, lambda plan: 1.0, 5.0, min_layers=3).events == ()
+
+    @pytest.mark.parametrize("min_layers", [0, 4])
+    def test_more_layers_than_there_are_cannot_stay(self, min_layers):
+        with pytest.raises(ValueError, match=r"min_layers must be in \[1, 3\]"):
+            search_layer_merges(3, lambda plan: 1.0, 0.1, min_layers=min_layers)
 
     def test_a_single_layer_has_nothing_to_merge(self):
         assert search_layer_merges(1, lambda plan: 1.0, tau=5.0).events == ()

@@ -10,7 +10,7 @@ import torch
 from tiny_clips import COLORS, IMAGE_SIZE, drawn_clip, forward_kinematics, project, side
 
 from fasthmr.conventions import CROP_PX, IMAGE_MEAN, IMAGE_STD, JOINTS29, MASK_SUBJECT
-from fasthmr.data.batch import ClipBatch, ClipSample, collate, flatten_frames
+from fasthmr.data.batch import ClipBatch, ClipSample, collate, flatten_frames, person_mask
 from fasthmr.data.schema import ClipError
 from fasthmr.data.transforms import CROP_SCALE, Augmentation, make_sample
 
@@ -193,6 +193,20 @@ def test_collate_stacks_samples(batch: ClipBatch) -> None:
     assert batch.joints2d.dtype == torch.float32
     assert batch.has_pose.tolist() == [True, True]
     assert (batch.image_size == torch.tensor(IMAGE_SIZE)).all()
+
+
+def test_a_clip_without_masks_is_not_one_without_a_person(batch: ClipBatch) -> None:
+    clip = drawn_clip(key="bare")
+    bare = make_sample(
+        replace(clip, status={**clip.status, "masks": "missing"}), range(6), np.random.default_rng(0), OFF
+    )
+    mixed = collate([sample_of(OFF, key="a"), bare]).to("cpu")
+    assert (batch.has_masks, mixed.has_masks) == ([True, True], [True, False])
+    assert person_mask(batch, required=True).any() and person_mask(mixed) is None
+    with pytest.raises(ValueError, match="these clips have no masks: bare"):
+        person_mask(mixed, required=True)
+    with pytest.raises(ValueError, match="has_masks must hold 2 values, one a clip, got 1"):
+        replace(mixed, has_masks=[True])
 
 
 def test_network_input_is_normalised_rgb(batch: ClipBatch) -> None:

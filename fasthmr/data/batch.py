@@ -47,6 +47,7 @@ class ClipSample:
     translation: np.ndarray
     has_pose: bool
     has_betas: bool
+    has_masks: bool
     valid: np.ndarray
     box_center: np.ndarray
     box_size: np.ndarray
@@ -66,8 +67,10 @@ class ClipBatch:
 
     Attributes:
         keys: B clip keys.
+        has_masks: of the B clips, whether their masks are known. A list, as the keys are: asking does not wait for
+            a device.
         images: (B, T, 3, 256, 256) uint8 RGB.
-        masks: (B, T, 256, 256) uint8 instance labels (`conventions.MASK_*`).
+        masks: (B, T, 256, 256) uint8 instance labels (`conventions.MASK_*`); all background where not `has_masks`.
         joints2d: (B, T, 29, 3) crop-normalised x, y and confidence; confidence 0 where there is no label.
         joints3d: (B, T, 29, 4) absolute camera-frame position and confidence; confidence 0 where there is no label.
         rotations: (B, T, 24, 3, 3) SMPL rotations, root in the camera frame; meaningless where not `has_pose`.
@@ -84,6 +87,7 @@ class ClipBatch:
     """
 
     keys: list[str]
+    has_masks: list[bool]
     images: torch.Tensor
     masks: torch.Tensor
     joints2d: torch.Tensor
@@ -112,6 +116,8 @@ class ClipBatch:
                 raise ValueError(_shape_error(name, tensor, clips, frames))
         if len(self.keys) != clips:
             raise ValueError(f"keys must name the {clips} clips of the batch, got {len(self.keys)} keys: {self.keys}")
+        if len(self.has_masks) != clips:
+            raise ValueError(f"has_masks must hold {clips} values, one a clip, got {len(self.has_masks)}")
 
     @property
     def num_clips(self) -> int:
@@ -141,7 +147,8 @@ class ClipBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ClipBatch:
-        return ClipBatch(keys=list(self.keys), **{name: function(getattr(self, name)) for name in _LAYOUT})
+        tensors = {name: function(getattr(self, name)) for name in _LAYOUT}
+        return ClipBatch(keys=list(self.keys), has_masks=list(self.has_masks), **tensors)
 
 
 def flatten_frames(per_frame: torch.Tensor) -> torch.Tensor:
@@ -149,8 +156,31 @@ def flatten_frames(per_frame: torch.Tensor) -> torch.Tensor:
     return per_frame.flatten(0, 1)
 
 
-def person_mask(batch: ClipBatch, people: Literal["subject", "all"] = "subject") -> torch.Tensor:
-    """Pixels of the tracked person, or of all people, in the network's crop: (B*T, 256, 256) bool."""
+def person_mask(
+    batch: ClipBatch, people: Literal["subject", "all"] = "subject", required: bool = False
+) -> torch.Tensor | None:
+    """Pixels of the tracked person, or of all people, in the network's crop.
+
+    Args:
+        batch: clips with their instance masks.
+        people: whose pixels.
+        required: a clip without masks is an error that names it. Otherwise there is no mask for the batch then, which
+            a network that needs none accepts.
+
+    Returns:
+        (B*T, 256, 256) bool, or None if a clip has no masks: that is not the same as a clip without a person.
+
+    Raises:
+        ValueError: masks are required, and a clip has none.
+    """
+    without = [key for key, has_masks in zip(batch.keys, batch.has_masks, strict=True) if not has_masks]
+    if without and required:
+        raise ValueError(
+            f"tokens are merged by person mask, and these clips have no masks: {', '.join(without)}. Use clips with "
+            "masks, or set token_merging.mask to none"
+        )
+    if without:
+        return None
     masks = flatten_frames(batch.masks)
     return masks == MASK_SUBJECT if people == "subject" else (masks == MASK_SUBJECT) | (masks == MASK_OTHER)
 
@@ -171,7 +201,7 @@ def collate(samples: Sequence[ClipSample]) -> ClipBatch:
         name: default_collate([torch.as_tensor(getattr(s, name), dtype=dtype) for s in samples])
         for name, (_, dtype) in _LAYOUT.items()
     }
-    return ClipBatch(keys=[s.key for s in samples], **stacked)
+    return ClipBatch(keys=[s.key for s in samples], has_masks=[s.has_masks for s in samples], **stacked)
 
 
 def _shape_error(name: str, tensor: torch.Tensor, clips: int | str, frames: int | str) -> str:

@@ -3,17 +3,11 @@
 Every frame is resampled ONCE: network crop <- (mirror, jitter, HMR2.0's box) <- full image <- stored crop are affine,
 so they are composed and a single `cv2.warpAffine` cuts the network input straight from the stored JPEG crop. A flip is
 part of that affine (the mirror of the full image, so that pixels and labels agree to the sub-pixel; reversing the
-finished array would be off by one pixel).
-
-Anti-aliasing follows HMR2.0 (`4D-Humans/hmr2/datasets/vitdet_dataset.py`): bilinear, with a Gaussian before it of
-sigma (r/2 - 1)/2 only where the picture shrinks by r > 2.2. Stored crops of 384 px shrink about 1.2 times and are
-therefore only interpolated, as the original's are: a sharper or softer filter here would show a network made from
-published weights a picture it was not trained on.
+finished array would be off by one pixel). How it is interpolated is in `fasthmr.data.crops`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -23,15 +17,11 @@ import torch
 
 from fasthmr.conventions import CROP_PX, MASK_BACKGROUND, SWAP24, SWAP29
 from fasthmr.data.batch import ClipSample
+from fasthmr.data.crops import CROP_SCALE, cut_image, cut_mask
 from fasthmr.data.schema import Clip, ClipError
 from fasthmr.geometry.boxes import apply_affine, compose_affine, crop_affine, invert_affine
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 
-#: the network crop is this many times the tight person box: room for hands that move out of a detector's box, and
-#: the columns 32:-32 that HMR2.0 does not look at. Stored crops are 1.5 times the box, so jitter has room as well.
-CROP_SCALE = 1.2
-#: HMR2.0 blurs where the picture shrinks by more than this.
-_BLUR_ABOVE_SHRINK = 2.2
 #: shortest side of an occluding rectangle, as a fraction of the crop.
 _SMALLEST_OCCLUDER = 0.1
 
@@ -136,6 +126,7 @@ def make_sample(
         translation=labels.translation,
         has_pose=has_body and clip.status["pose"] != "missing",
         has_betas=has_body and clip.status["betas"] != "missing",
+        has_masks=clip.status["masks"] != "missing",
         valid=valid,
         box_center=center,
         box_size=size,
@@ -221,18 +212,9 @@ def _cut(clip: Clip, index: np.ndarray, network_from_stored: np.ndarray) -> tupl
     """Images (T, 3, 256, 256) and masks (T, 256, 256), uint8, warped from the stored crops."""
     images = np.empty((len(index), 3, CROP_PX, CROP_PX), dtype=np.uint8)
     masks = np.empty((len(index), CROP_PX, CROP_PX), dtype=np.uint8)
-    side = (CROP_PX, CROP_PX)
     for i, (frame, affine) in enumerate(zip(index, network_from_stored, strict=True)):
-        stored, mask = _decoded(clip, "frames", int(frame), 3), _decoded(clip, "masks", int(frame), 2)
-        shrink = 1 / math.sqrt(abs(affine[0, 0] * affine[1, 1] - affine[0, 1] * affine[1, 0]))
-        if shrink > _BLUR_ABOVE_SHRINK:
-            stored = cv2.GaussianBlur(stored, (0, 0), (shrink / 2 - 1) / 2)
-        warped = cv2.warpAffine(stored, affine, side, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-        cv2.split(warped, list(images[i]))
-        cv2.warpAffine(
-            mask, affine, side, dst=masks[i], flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT,
-            borderValue=MASK_BACKGROUND,
-        )  # fmt: skip
+        cut_image(_decoded(clip, "frames", int(frame), 3), affine, images[i])
+        cut_mask(_decoded(clip, "masks", int(frame), 2), affine, masks[i])
     return images, masks
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import encoder_header, load_encoder, read_header
 from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, JOINTS29
 from fasthmr.data.batch import ClipBatch, person_mask
 from fasthmr.geometry.cameras import crop_camera_translation, project
+from fasthmr.lit.average import averaged
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.losses import HMRTarget, LossWeights, feature_loss, hmr_losses, token_joint_loss
 from fasthmr.merging import LayerMergePlan
@@ -67,8 +66,6 @@ class MergedEncoderModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1) or null, got {ema_decay}")
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}, got {protocol!r}")
         if mask_people not in ("subject", "all"):
@@ -83,7 +80,7 @@ class MergedEncoderModule(L.LightningModule):
         self.teacher_steps = teacher_steps
         # In training only: what is saved for use is `net`, HMR2.0's architecture and nothing else.
         self.token_joints = nn.Linear(net.vit_dim, len(JOINTS29)) if loss.token_joints > 0 else None
-        self.ema = _averaged(self.net, ema_decay) if ema_decay is not None else None
+        self.ema = averaged(self.net, ema_decay) if ema_decay is not None else None
         self.body = load_body(body)
         self.optimizer_config = optimizer
         self.loss_weights = loss
@@ -114,7 +111,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def forward(self, batch: ClipBatch) -> HMROutput:
         """Predict every frame of a batch with the weights to use: outputs have B*T rows, clip by clip."""
-        return self.best_net(batch.network_input(), person_mask=person_mask(batch, self.mask_people))
+        return self.best_net(batch.network_input(), person_mask=self._masks(batch, self.net))
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         parts = self.loss(batch)
@@ -157,7 +154,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def loss(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Loss parts of the training weights on a batch, and their weighted sum "total"; scalars."""
-        mask = person_mask(batch, self.mask_people)
+        mask = self._masks(batch, self.net, *self._teacher)
         output: HMROutput = self.net(batch.network_input(), person_mask=mask)
         frames = batch.valid.shape[1]
         joints = self.body.joints29(output.rotations, output.betas)
@@ -188,6 +185,11 @@ class MergedEncoderModule(L.LightningModule):
                 parts["feature"] = feature_loss(output.feature, wanted)
                 parts["total"] = parts["total"] + self.loss_weights.feature * parts["feature"]
         return parts
+
+    def _masks(self, batch: ClipBatch, *nets: HMR) -> Tensor | None:
+        """Person masks for these networks: None where a clip has none, and an error where one of them needs it."""
+        settings = [net.config.token_merging for net in nets]
+        return person_mask(batch, self.mask_people, any(s is not None and s.mask == "given" for s in settings))
 
     def _clip_betas(self, betas: Tensor, clips: int, frames: int) -> Tensor:
         """Average the shape over each clip where the protocol says so (FastHMR, Sec. 4.1)."""
@@ -267,15 +269,3 @@ def start_from(net: HMR, checkpoint: str, body_id: str) -> None:
         )
     net.merge_layers(start.merge_plan)
     net.load_state_dict(start.state_dict())
-
-
-def _averaged(net: nn.Module, decay: float) -> AveragedModel:
-    """Moving average of `net` with a short memory at the start, so that the random first weights are forgotten."""
-
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        weight = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(tuple(averaged), tuple(current), weight)
-
-    model = AveragedModel(net, multi_avg_fn=update)
-    model.requires_grad_(False)
-    return model.eval()

@@ -15,13 +15,14 @@ from fasthmr.merging.plan import LayerMergePlan, MergeEvent
 def merge_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """theta_0 + sum_k (theta_k - theta_0), of tensors of equal shape, the first layer's first (FastHMR, Eq. 4).
 
-    Equal to sum(theta) - (n - 1) theta_0, so of two layers the later one remains. Computed in float32 at least.
+    Equal to sum(theta) - (n - 1) theta_0, and summed from the last layer on: of two layers exactly the later one
+    remains. Computed in float32 at least.
     """
-    first, *rest = tensors
+    first, *between, last = tensors
     high = torch.promote_types(first.dtype, torch.float32)
     base = first.to(high)
-    total = base.clone()
-    for other in rest:
+    total = last.to(high, copy=True)
+    for other in between:
         total += other.to(high) - base
     return total.to(first.dtype)
 
