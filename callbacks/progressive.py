@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from fasthmr.calibration import CalibrationSet, PlanErrors
+from fasthmr.checkpoint import read_header
 from fasthmr.lit.collapse import Moments, collapse_while_training, require_mergeable
 from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.merging import LayerMergePlan
@@ -33,7 +36,8 @@ class ProgressiveMerging(L.Callback):
     one).
 
     It works on one device and under DDP, with gradient accumulation, bf16 and moving averages; the module saves the
-    plan, and a run resumed from any checkpoint merges as the uninterrupted one does.
+    plan, and a run resumed from any checkpoint merges as the uninterrupted one does. What its merges follow from is
+    saved too, and resuming with something else is refused: the reference error would mean nothing.
 
     Exactly one of `at_steps`, `at_epochs`, `every_n_steps` and `settled_mm` says when it is due.
 
@@ -43,8 +47,8 @@ class ProgressiveMerging(L.Callback):
         policy: "eclm": the window of neighbours that leaves the least error; "cka": the neighbours whose outputs are
             most similar; "schedule": the events of `plan`, one after the other.
         plan: for `schedule`: events `[{keep: 10, drop: [11]}, ...]` by original layer numbers.
-        at_steps: optimiser steps.
-        at_epochs: epochs, at whose start it is due.
+        at_steps: optimiser steps, from 0.
+        at_epochs: epochs, from 0, at whose start it is due.
         every_n_steps: optimiser steps between events.
         settled_mm: due when a validation's MPJPE is not lower than the best one since the last event by more than this.
         min_steps_between: at least so many steps between events, for `settled_mm`.
@@ -87,17 +91,25 @@ class ProgressiveMerging(L.Callback):
             raise ValueError(f"policy must be eclm, cka or schedule, got {policy!r}")
         if budget_mm is None and policy != "schedule":
             raise ValueError(f"policy {policy} needs budget_mm")
-        if budget_mm is not None and not budget_mm >= 0:
-            raise ValueError(f"budget_mm must be 0 or more, got {budget_mm}")
+        for name, number in (("budget_mm", budget_mm), ("settled_mm", settled_mm), ("cache_gb", cache_gb)):
+            if number is not None and not (number >= 0 and math.isfinite(number)):
+                raise ValueError(f"{name} must be a number of 0 or more, got {number}")
+        for name, times in (("at_steps", at_steps), ("at_epochs", at_epochs)):
+            if times is not None and (not times or min(times) < 0):
+                raise ValueError(f"{name} must be one or more numbers of 0 or more, got {times}")
         if (plan is not None) != (policy == "schedule"):
             raise ValueError("plan belongs to policy: schedule, which needs it")
         if moments not in ("later", "reset"):
             raise ValueError(f"moments must be 'later' or 'reset', got {moments!r}")
+        if precision not in ("bf16", "32"):
+            raise ValueError(f"precision must be 'bf16' or '32', got {precision!r}")
         for name, value, least in (
             ("every_n_steps", every_n_steps, 1),
             ("layers_per_event", layers_per_event, 1),
             ("target_layers", target_layers, 1),
             ("min_steps_between", min_steps_between, 0),
+            ("frames_per_clip", frames_per_clip, 1),
+            ("max_clips", max_clips, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
@@ -110,28 +122,37 @@ class ProgressiveMerging(L.Callback):
         self.precision, self.cache_gb = precision, cache_gb
         self._target = 1
         self._frames: CalibrationSet | None = None
+        self._settings: dict[str, Any] = {}
+        self._saved_settings: dict[str, Any] | None = None  # of the checkpoint that this run goes on from
         # Restored from checkpoints: what was decided depends on it.
         self.reference_mm: float | None = None
+        self.used_mm = 0.0  # of the budget, when it was last measured
         self.last_tried = -1  # optimiser step at which it was last due
         self.best_since_mm: float | None = None  # lowest validation error since then
         self.settled = False
+        self.validation_pending = False  # one that follows the batch that just ended, and was not seen yet
         self.history: list[dict[str, Any]] = []
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What decisions depend on; the plan itself is the module's."""
+        """What decisions depend on, and the settings they were made with; the plan itself is the module's."""
         return {
+            "settings": dict(self._settings),
             "reference_mm": self.reference_mm,
+            "used_mm": self.used_mm,
             "last_tried": self.last_tried,
             "best_since_mm": self.best_since_mm,
             "settled": self.settled,
+            "validation_pending": self.validation_pending,
             "history": list(self.history),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written."""
-        for name, value in state_dict.items():
+        """Go on where a checkpoint was written; its settings are compared when the fit starts."""
+        state = dict(state_dict)
+        self._saved_settings = state.pop("settings")
+        for name, value in state.items():
             setattr(self, name, value)
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
@@ -141,8 +162,6 @@ class ProgressiveMerging(L.Callback):
             raise ValueError(f"progressive merging is for MergedEncoderModule, got {type(pl_module).__name__}")
         require_mergeable(trainer.strategy)
         depth = pl_module.net.config.vit_depth
-        if self.events is not None:
-            self._scheduled(pl_module.net.merge_plan)
         backbone = pl_module.net.backbone
         if self.target_layers is None:
             self._target = max(1, len(backbone.tokens_merged(depth)))
@@ -151,6 +170,15 @@ class ProgressiveMerging(L.Callback):
         else:
             backbone.tokens_merged(self.target_layers)  # token merging needs some layers
             self._target = self.target_layers
+        if self.events is not None:
+            self._scheduled(pl_module.net.merge_plan)  # refuses a plan that does not continue the model's
+            left = len(self._whole_plan(depth).layers)
+            backbone.tokens_merged(left)
+            if left < self._target:
+                raise ValueError(
+                    f"the plan leaves {left} layers, fewer than target_layers ({self._target}): give it fewer events, "
+                    "or lower target_layers"
+                )
         self._frames = CalibrationSet.read(
             self.calibration,
             pl_module.body.id,
@@ -159,21 +187,20 @@ class ProgressiveMerging(L.Callback):
             trainer.global_rank,
             trainer.world_size,
         )
+        self._settings = self._what_merges_follow_from(pl_module, self._frames)
+        if self._saved_settings is not None:
+            _require_same_settings(self._saved_settings, self._settings)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MergedEncoderModule)
+        layers = len(pl_module.net.backbone.blocks)
         if self.reference_mm is None:
-            self.reference_mm = self._errors(pl_module)(LayerMergePlan(len(pl_module.net.backbone.blocks)))
-            log.info("reference error of progressive merging: %.2f mm", self.reference_mm)
-        self._show(trainer, pl_module, {})
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.settled_mm is None or trainer.sanity_checking:
-            return
-        now = float(trainer.callback_metrics["val/mpjpe_mm"])
-        if self.best_since_mm is not None and now > self.best_since_mm - self.settled_mm:
-            self.settled = True
-        self.best_since_mm = min(now, self.best_since_mm if self.best_since_mm is not None else now)
+            self.reference_mm = self._error(trainer, self._errors(pl_module))(LayerMergePlan(layers))
+        told = f"{layers} layers, reference error {self.reference_mm:.2f} mm, used {self._used()}"
+        self._show(trainer, told, {"layers": layers, "budget_used_mm": self.used_mm})
+        self._show_plan(trainer, pl_module.net.merge_plan)
+        if self.settled_mm is not None and self.validation_pending:
+            _validate(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -183,6 +210,23 @@ class ProgressiveMerging(L.Callback):
             self.last_tried = trainer.global_step
             self.settled, self.best_since_mm = False, None
             self._merge(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # ModelCheckpoint's hook comes after this one: what it saves says that the validation is still to come.
+        self.validation_pending = _validation_follows(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.validation_pending = False
+        if self.settled_mm is None:
+            return
+        now = float(trainer.callback_metrics["val/mpjpe_mm"])
+        if self.best_since_mm is not None and now > self.best_since_mm - self.settled_mm:
+            self.settled = True
+        self.best_since_mm = min(now, self.best_since_mm if self.best_since_mm is not None else now)
 
     # ---- when -----------------------------------------------------------------------------------------------------
 
@@ -202,50 +246,55 @@ class ProgressiveMerging(L.Callback):
 
     def _merge(self, trainer: L.Trainer, module: MergedEncoderModule) -> None:
         layers = len(module.net.backbone.blocks)
-        if layers <= self._target:
+        if layers <= self._target or (self.events is not None and self._scheduled(module.net.merge_plan) is None):
             return
+        assert self.reference_mm is not None
         errors = self._errors(module)
-        before = errors(LayerMergePlan(layers))
-        choice = self._choose(module, errors)
-        # Every rank measured the same errors; that they decide the same must not rest on it.
-        found: Choice | None = trainer.strategy.broadcast(choice, src=0)
-        if found is None:
-            log.info("step %d: nothing can be merged within the budget", trainer.global_step)
-            self._show(trainer, module, {"error_before_mm": before})
+        error = self._error(trainer, errors)
+        before = error(LayerMergePlan(layers))
+        limit = math.inf if self.budget_mm is None else self.reference_mm + self.budget_mm
+        removed = min(self.layers_per_event, layers - self._target)
+        if self.policy == "eclm":
+            found = least_error_window(layers, error, limit, removed)
+        else:
+            plan = self._proposed(trainer, module, errors, removed)
+            found = Choice(plan, error(plan))
+        plan, after = module.net.merge_plan.then(found.plan), found.error_mm
+        told = f"{layers} -> {len(plan.layers)} layers, error {before:.2f} -> {after:.2f} mm"
+        scalars = {"error_before_mm": before, "error_after_mm": after}
+        if not after < limit:
+            self.used_mm = before - self.reference_mm
+            told = f"refused: {told} is outside the budget; used {self._used()}. Tried: {plan}"
+            self._show(trainer, told, {"layers": layers, "budget_used_mm": self.used_mm, **scalars})
             return
-        plan = module.net.merge_plan.then(found.plan)
         collapse_while_training(trainer, module, plan, self.moments)
-        after = found.error_mm
+        self.used_mm = after - self.reference_mm
         self.history.append(
             {"step": trainer.global_step, "layers": len(plan.layers), "before_mm": before, "after_mm": after}
         )
-        log.info(
-            "step %d: %d -> %d layers, error %.2f -> %.2f mm (reference %.2f): %s",
-            trainer.global_step, layers, len(plan.layers), before, after, self.reference_mm, plan,
-        )  # fmt: skip
-        self._keep_best_of_this_depth(trainer, layers)
-        self._show(trainer, module, {"error_before_mm": before, "error_after_mm": after})
+        self._keep_best_of_this_depth(trainer)
+        told = f"{told}, used {self._used()}: {plan}"
+        self._show(trainer, told, {"layers": len(plan.layers), "budget_used_mm": self.used_mm, **scalars})
+        self._show_plan(trainer, plan)
 
-    def _choose(self, module: MergedEncoderModule, errors: PlanErrors) -> Choice | None:
-        layers = len(module.net.backbone.blocks)
-        removed = min(self.layers_per_event, layers - self._target)
-        assert self.reference_mm is not None
-        limit = float("inf") if self.budget_mm is None else self.reference_mm + self.budget_mm
-        if self.policy == "eclm":
-            return least_error_window(layers, errors, limit, removed)
+    def _proposed(
+        self, trainer: L.Trainer, module: MergedEncoderModule, errors: PlanErrors, removed: int
+    ) -> LayerMergePlan:
+        """What `cka` or `schedule` would merge next: rank 0's proposal, for all ranks evaluate it together."""
         if self.policy == "cka":
-            plan = most_similar_window(linear_cka(errors.token_features()), removed)
+            proposal = most_similar_window(linear_cka(errors.token_features()), removed)
         else:
-            plan = self._scheduled(module.net.merge_plan)
-        if plan is None:
-            return None
-        choice = Choice(plan, errors(plan))
-        return choice if choice.error_mm < limit else None
+            proposal = self._scheduled(module.net.merge_plan)
+        plan: LayerMergePlan | None = trainer.strategy.broadcast(proposal, src=0)
+        assert plan is not None  # there are more layers than the target, and events left
+        return plan
+
+    def _whole_plan(self, depth: int) -> LayerMergePlan:
+        return LayerMergePlan.from_dict({"depth": depth, "events": self.events})
 
     def _scheduled(self, done: LayerMergePlan) -> LayerMergePlan | None:
         """The next event of the given plan, for the layers that are left; None when all were done."""
-        whole = LayerMergePlan.from_dict({"depth": done.depth, "events": self.events})
-        coming: Sequence = whole.after(done)
+        coming: Sequence = self._whole_plan(done.depth).after(done)
         if not coming:
             return None
         left, event = done.layers, coming[0]
@@ -258,29 +307,112 @@ class ProgressiveMerging(L.Callback):
             module.nets[-1], module.body, self._frames, protocol, self.cache_gb, self.precision, module.mask_people
         )
 
+    @staticmethod
+    def _error(trainer: L.Trainer, errors: PlanErrors) -> Callable[[LayerMergePlan], float]:
+        """Error of a plan, over the clips of all ranks. All go by rank 0's number, so that all decide the same and
+        ask for the same plan next."""
+        return lambda plan: trainer.strategy.broadcast(errors(plan), src=0)
+
+    def _what_merges_follow_from(self, module: MergedEncoderModule, frames: CalibrationSet) -> dict[str, Any]:
+        """Settings and data that decide what is merged when, as plain data; see `_require_same_settings`.
+
+        Not where the frames lie, nor `cache_gb`: they change no number.
+        """
+        tokens = module.net.config.token_merging
+        return {
+            "budget_mm": self.budget_mm,
+            "policy": self.policy,
+            "plan": self.events,
+            "at_steps": self.at_steps,
+            "at_epochs": self.at_epochs,
+            "every_n_steps": self.every_n_steps,
+            "settled_mm": self.settled_mm,
+            "min_steps_between": self.min_steps_between,
+            "layers_per_event": self.layers_per_event,
+            "target_layers": self._target,
+            "moments": self.moments,
+            "precision": self.precision,
+            "frames_per_clip": self.frames_per_clip,
+            "max_clips": self.max_clips,
+            "calibration_id": frames.id,
+            "protocol": module.errors.protocol.name,
+            "mask_people": module.mask_people,
+            "token_merging": None if tokens is None else dataclasses.asdict(tokens),
+        }
+
     # ---- what is seen of it ---------------------------------------------------------------------------------------
 
-    def _keep_best_of_this_depth(self, trainer: L.Trainer, layers: int) -> None:
-        """Start the choice of the best checkpoint anew: one of a deeper model would never be beaten."""
+    def _keep_best_of_this_depth(self, trainer: L.Trainer) -> None:
+        """Start the choice of the best checkpoint anew: one of a deeper model would never be beaten.
+
+        How deep the best one is it says itself: after a crash and a resume from before a merge, it may be the shallower
+        model's that was lost, and must not take the place of a deeper one.
+        """
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
                 best = Path(callback.best_model_path)
                 if trainer.is_global_zero and best.exists():
-                    best.replace(best.with_name(f"{best.stem}_{layers}_layers{best.suffix}"))
+                    depth = len(read_header(best).merge_plan.layers)
+                    best.replace(best.with_name(f"{best.stem}_{depth}_layers{best.suffix}"))
                 callback.best_model_path, callback.best_model_score = "", None
                 callback.best_k_models, callback.kth_best_model_path, callback.kth_value = {}, "", None  # type: ignore[assignment]
 
-    def _show(self, trainer: L.Trainer, module: MergedEncoderModule, values: dict[str, float]) -> None:
-        plan = module.net.merge_plan
-        scalars = {"layers": float(len(plan.layers)), **values}
-        if "error_after_mm" in values and self.reference_mm is not None:
-            scalars["budget_used_mm"] = values["error_after_mm"] - self.reference_mm
+    def _used(self) -> str:
+        """How much of the budget: "1.30 of 5.00 mm"."""
+        whole = "no limit" if self.budget_mm is None else f"{self.budget_mm:.2f} mm"
+        return f"{self.used_mm:.2f} of {whole}"
+
+    def _show(self, trainer: L.Trainer, told: str, scalars: dict[str, float]) -> None:
+        """Tell what happened: in the log, as numbers and as a text."""
+        step = trainer.global_step
+        log.info("step %d: %s", step, told)
         for logger in trainer.loggers:
-            logger.log_metrics({f"merge/{name}": value for name, value in scalars.items()}, trainer.global_step)
+            logger.log_metrics({f"merge/{name}": float(value) for name, value in scalars.items()}, step)
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_text("merge/event", f"step {step}: {told}", step)
+
+    def _show_plan(self, trainer: L.Trainer, plan: LayerMergePlan) -> None:
+        """Draw which layers are one by now."""
+        for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 told = "\n".join(f"    {line}" for line in plan.picture().splitlines())
-                reference = f"reference {self.reference_mm:.2f} mm, budget {self.budget_mm} mm"
-                logger.experiment.add_text("merge/plan", f"{told}\n\n{plan}\n\n{reference}", trainer.global_step)
+                logger.experiment.add_text("merge/plan", f"{told}\n\n{plan}", trainer.global_step)
                 figure = Figure(figsize=(8, 2.2), layout="constrained")
                 draw_plan(figure.subplots(), plan)
                 logger.experiment.add_image("merge/plan", figure_pixels(figure), trainer.global_step, dataformats="HWC")
+
+
+def _require_same_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with merges that follow from something else than those of the checkpoint.
+
+    Raises:
+        ValueError: naming what changed.
+    """
+    # How the same frames were asked for does not matter.
+    free = ("frames_per_clip", "max_clips") if saved["calibration_id"] == now["calibration_id"] else ()
+    changed = [f"{k}: {saved.get(k)} -> {v}" for k, v in now.items() if k not in free and saved.get(k) != v]
+    if changed:
+        raise ValueError(
+            f"progressive merging began with other settings ({'; '.join(changed)}): resume with those of the "
+            "checkpoint, or start a new run from its weights with model.init_args.init_from"
+        )
+
+
+# Lightning writes step-wise checkpoints before the validation that is due at the same step, and leaves that validation
+# out when it resumes from one. Where its result decides, it is made up for.
+
+
+def _validation_follows(trainer: L.Trainer) -> bool:
+    """Whether the batch that just ended is followed by a validation."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _validate(trainer: L.Trainer) -> None:
+    """Validate as the training loop does."""
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    validation.restarting = False  # from its first batch
+    trainer.validating = True
+    validation.run()
+    trainer.training = True

@@ -1,12 +1,16 @@
-"""A short training with progressive merging; as a script, on several processes.
+"""A short training with progressive merging; as a script, several of them on several processes.
 
-python tests/progressive_run.py SHARDS OUT [--devices N] [--resume CHECKPOINT]
+torchrun --nproc_per_node 2 tests/progressive_run.py SHARDS JOBS
+
+JOBS is a JSON file: a list of keyword arguments of `train`.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import logging
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,14 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks import progressive
 from callbacks.progressive import ProgressiveMerging
 from datamodules.clips import ClipDataModule
+from fasthmr.calibration import PlanErrors
 from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig
 from fasthmr.losses import LossWeights
-from fasthmr.merging import TokenMerging
+from fasthmr.merging import LayerMergePlan, TokenMerging
 from fasthmr.models.hmr import HMRConfig
 
 STEPS = 12
@@ -31,9 +37,10 @@ NET = HMRConfig(
 
 def train(
     shards: Path,
-    out: Path,
+    out: Path | str,
     devices: int = 1,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
+    ema_decay: float | None = 0.9,
     callbacks: list[L.Callback] | None = None,
     trainer_keys: dict[str, Any] | None = None,
     **merging: Any,
@@ -46,7 +53,7 @@ def train(
         NET,
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
         loss=LossWeights(token_joints=0.5),
-        ema_decay=0.9,
+        ema_decay=ema_decay,
         seed=3,
     )
     data = ClipDataModule(
@@ -55,24 +62,36 @@ def train(
     settings: dict[str, Any] = {"budget_mm": 1000.0, "at_steps": [4, 8], "frames_per_clip": 3, **merging}
     if not settings.keys().isdisjoint({"at_epochs", "every_n_steps", "settled_mm"}):
         settings.pop("at_steps")
-    progressive = ProgressiveMerging(shards, **settings)
+    merging_layers = ProgressiveMerging(shards, **settings)
     saving = ModelCheckpoint(out, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=2,
                              save_top_k=-1)  # fmt: skip
     trainer = L.Trainer(
         default_root_dir=out, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-        max_steps=STEPS, callbacks=[progressive, *(callbacks or []), saving], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, deterministic=True,
-        **(trainer_keys or {}),
+        callbacks=[merging_layers, *(callbacks or []), saving], enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, use_distributed_sampler=False, deterministic=True,
+        **{"max_steps": STEPS, "logger": False, **(trainer_keys or {})},
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     return trainer, module
 
 
+def disagree(out: Path) -> None:
+    """From now on rank r finds layers r and r + 1 the most similar ones, and writes down which plans it evaluates."""
+    rank = int(os.environ["RANK"])
+    out.mkdir(parents=True, exist_ok=True)
+
+    class Asked(PlanErrors):
+        def __call__(self, plan: LayerMergePlan) -> float:
+            with (out / f"asked{rank}.txt").open("a") as file:
+                file.write(f"{plan}\n")
+            return super().__call__(plan)
+
+    progressive.most_similar_window = lambda similarity, removed: LayerMergePlan(len(similarity)).merged(rank, rank + 1)
+    progressive.PlanErrors = Asked
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--resume", type=Path)
-    options = parser.parse_args()
-    train(options.shards, options.out, options.devices, options.resume)
+    for job in json.loads(Path(sys.argv[2]).read_text()):
+        if job.pop("disagree", False):
+            disagree(Path(job["out"]))
+        train(Path(sys.argv[1]), devices=int(os.environ["WORLD_SIZE"]), **job)

@@ -26,21 +26,28 @@ def windows(num_layers: int, size: int) -> list[LayerMergePlan]:
 
 def least_error_window(
     num_layers: int, error: Callable[[LayerMergePlan], float], limit_mm: float, max_removed: int
-) -> Choice | None:
-    """The window whose merging leaves the least error, if that is below the limit: `policy: eclm`.
+) -> Choice:
+    """The window whose merging leaves the least error: `policy: eclm`.
 
     Windows that remove `max_removed` layers are tried first, from the last layers to the first as in ECLM; if none is
-    inside the limit, smaller ones.
+    below the limit, smaller ones.
+
+    Args:
+        num_layers: of the model, at least 2.
+        error: error of the model under a plan, mm.
+        limit_mm: what the error must stay below.
+        max_removed: how many layers a window may remove, at least 1.
 
     Returns:
-        The choice, or None if no window is inside the limit.
+        The choice. If no window is below the limit, the one that comes nearest to it: compare its `error_mm`.
     """
+    tried: list[Choice] = []
     for removed in range(min(max_removed, num_layers - 1), 0, -1):
-        tried = [Choice(plan, error(plan)) for plan in windows(num_layers, removed + 1)]
-        best = min(tried, key=lambda choice: choice.error_mm)
-        if best.error_mm < limit_mm:
-            return best
-    return None
+        size = [Choice(plan, error(plan)) for plan in windows(num_layers, removed + 1)]
+        tried.append(min(size, key=lambda choice: choice.error_mm))
+        if tried[-1].error_mm < limit_mm:
+            return tried[-1]
+    return min(tried, key=lambda choice: choice.error_mm)
 
 
 def most_similar_window(similarity: Tensor, max_removed: int) -> LayerMergePlan | None:
