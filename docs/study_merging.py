@@ -1,8 +1,9 @@
 """Tables of what merging costs in accuracy.
 
-    python docs/study_merging.py CHECKPOINT --data SHARDS [--tables tau tokens choices]
+    python docs/study_merging.py CHECKPOINT --data SHARDS --calibration SHARDS [--tables tau tokens choices]
 
-Prints Markdown. Nothing is fine-tuned; docs/results.md has the tables, and the commands for those after fine-tuning.
+Layers are chosen on frames of CALIBRATION and measured on frames of DATA, spread evenly over their clips. Prints
+Markdown. Nothing is fine-tuned here: docs/study_progressive.py does that. docs/results.md has the tables.
 """
 
 from __future__ import annotations
@@ -13,82 +14,100 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fasthmr.body import load_body
+from fasthmr.body import load_body, require_same_body
 from fasthmr.calibration import CalibrationSet, PlanErrors
-from fasthmr.checkpoint import load_encoder
+from fasthmr.checkpoint import load_encoder, read_header
 from fasthmr.cost import encoder_cost
+from fasthmr.data.batch import person_mask
 from fasthmr.merging import LayerMergePlan, TokenMerging, search_layer_merges
+from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.hmr import HMR
 
 TAUS_MM = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
+PROTOCOL = PROTOCOLS["body-24"]
 
 
 class Study:
-    """An encoder, and the frames that it is measured on."""
+    """An encoder, the frames that layers are chosen on, and those that it is measured on."""
 
-    def __init__(self, checkpoint: str, data: str, frames_per_clip: int) -> None:
+    def __init__(self, checkpoint: str, data: str, calibration: str, frames_per_clip: int, clips: int | None) -> None:
         self.hmr, self.body = load_encoder(checkpoint), load_body()
-        self.frames = CalibrationSet.read(data, self.body.id, frames_per_clip)
-        self._errors = self.errors_of(self.hmr)
+        require_same_body(self.body.id, read_header(checkpoint).body, where=checkpoint)
+        self.depth = len(self.hmr.backbone.blocks)
+        self.frames = CalibrationSet.read(data, self.body.id, frames_per_clip, clips)
+        self.calibration = CalibrationSet.read(
+            calibration, self.body.id, frames_per_clip, clips or len(self.frames.clips)
+        )
+        self._plan_errors = PlanErrors(self.hmr, self.body, self.calibration)
         self._known: dict[LayerMergePlan, float] = {}
 
-    def errors_of(self, hmr: HMR, cache_gb: float = 4.0) -> PlanErrors:
-        return PlanErrors(hmr, self.body, self.frames, cache_gb=cache_gb)
-
     def error(self, plan: LayerMergePlan) -> float:
-        """MPJPE under a plan, mm, each plan evaluated once over all searches."""
+        """MPJPE under a plan on calibration frames, mm, each plan evaluated once over all searches."""
         if plan not in self._known:
-            self._known[plan] = self._errors(plan)
+            self._known[plan] = self._plan_errors(plan)
         return self._known[plan]
 
-    def measure(self, hmr: HMR) -> tuple[float, float]:
-        """PA-MPJPE and MPJPE of an encoder, mm."""
-        errors = self.errors_of(hmr, cache_gb=0.0)
-        errors(LayerMergePlan(len(hmr.backbone.blocks)))
-        values = errors.errors.compute()
-        return float(values["pa_mpjpe_mm"]), float(values["mpjpe_mm"])
+    @torch.inference_mode()
+    def measure(self, hmr: HMR) -> list[str]:
+        """PA-MPJPE, MPJPE and PVE of an encoder, mm; parameters, M, and multiply-adds of a frame, G, as thop counts."""
+        errors = PoseErrors(PROTOCOL)
+        settings = hmr.config.token_merging
+        for clip in self.frames.clips:
+            mask = person_mask(clip, required=settings is not None and settings.mask == "given")
+            with torch.autocast("cpu", torch.bfloat16):
+                output = hmr(clip.network_input(), mask)
+            frames = clip.valid.numel()
+            betas = output.betas.mean(0, keepdim=True).expand(frames, -1) if PROTOCOL.average_betas else output.betas
+            predicted = self.body(output.rotations, betas)
+            target = self.body(clip.rotations.flatten(0, 1), clip.betas.expand(frames, -1))
+            errors.update(
+                pred_joints=predicted.joints[None],
+                target_joints=target.joints[None],
+                pred_vertices=predicted.vertices[None],
+                target_vertices=target.vertices[None],
+                valid=clip.valid & clip.has_pose[:, None],
+                fps=clip.fps,
+            )
+        values = errors.compute()
+        cost = encoder_cost(hmr.config, hmr.merge_plan)
+        told = [f"{float(values[name]):.2f}" for name in ("pa_mpjpe_mm", "mpjpe_mm", "pve_mm")]
+        return [*told, f"{cost.params / 1e6:.2f}", f"{cost.macs_thop / 1e9:.3f}"]
 
     def variant(self, tokens: TokenMerging | None, plan: LayerMergePlan | None = None) -> HMR:
+        """A copy of the encoder with its layers merged by a plan, and its tokens."""
         hmr = copy.deepcopy(self.hmr)
+        hmr.set_token_merging(None)
         if plan is not None:
-            hmr.merge_layers(plan)
+            hmr.merge_layers(self.hmr.merge_plan.then(plan))
         hmr.set_token_merging(tokens)
         return hmr
 
 
+MEASURED = ["PA-MPJPE, mm", "MPJPE, mm", "PVE, mm", "parameters, M", "MACs, G (thop)"]
+
+
 def by_tau(study: Study) -> Iterator[list[str]]:
     """ECLM at several budgets (FastHMR, Tab. 2)."""
-    yield ["tau, mm", "layers", "PA-MPJPE, mm", "MPJPE, mm", "MACs, G (thop)", "groups"]
-    depth = study.hmr.config.vit_depth
+    yield ["tau, mm", "layers", *MEASURED, "groups"]
     for tau in (None, *TAUS_MM):
-        empty = LayerMergePlan(depth)
-        plan = empty if tau is None else search_layer_merges(depth, study.error, tau)
-        hmr = study.variant(None, plan)
-        yield [
-            "un-merged" if tau is None else f"{tau:g}",
-            str(len(plan.layers)),
-            *_errors(study, hmr),
-            _macs(hmr),
-            str(plan),
-        ]
+        plan = LayerMergePlan(study.depth) if tau is None else search_layer_merges(study.depth, study.error, tau)
+        name = "un-merged" if tau is None else f"{tau:g}"
+        yield [name, str(len(plan.layers)), *study.measure(study.variant(None, plan)), str(plan)]
 
 
 def by_tokens_per_layer(study: Study) -> Iterator[list[str]]:
-    """How many tokens a layer merges, on all layers (FastHMR, Tab. 10; a layer can merge half of its tokens)."""
-    yield ["tokens a layer", "layers that merge", "PA-MPJPE, mm", "MPJPE, mm", "MACs, G (thop)"]
+    """How many tokens a layer merges, down to 90 of 192, on all layers (FastHMR, Tab. 10; a layer can merge half)."""
+    yield ["tokens a layer", "layers that merge", *MEASURED]
     for per_layer in (None, 10, 20, 40, 60, 80, 96):
-        tokens = (
-            None if per_layer is None else TokenMerging(keep_tokens=max(90, 192 - 12 * per_layer), per_layer=per_layer)
-        )
+        tokens = None if per_layer is None else TokenMerging(per_layer=per_layer)
         hmr = study.variant(tokens)
-        merging = len(hmr.backbone.tokens_merged(len(hmr.backbone.blocks)))
-        left = "" if tokens is None or tokens.keep_tokens == 90 else f" ({tokens.keep_tokens} left)"
-        yield ["none" if per_layer is None else f"{per_layer}{left}", str(merging), *_errors(study, hmr), _macs(hmr)]
+        merging = len(hmr.backbone.tokens_merged(study.depth))
+        yield ["none" if per_layer is None else str(per_layer), str(merging), *study.measure(hmr)]
 
 
 def by_choice(study: Study) -> Iterator[list[str]]:
     """With and without the mask (FastHMR, Tab. 11), and how tokens are compared and averaged; 192 -> 90 tokens."""
-    yield ["mask", "metric", "average", "proportional attention", "person share", "PA-MPJPE, mm", "MPJPE, mm"]
+    yield ["mask", "metric", "average", "proportional attention", "person share", *MEASURED[:3]]
     choices: list[TokenMerging] = [
         TokenMerging(),
         TokenMerging(mask="none"),
@@ -101,7 +120,7 @@ def by_choice(study: Study) -> Iterator[list[str]]:
     ]
     for tokens in choices:
         settings = [tokens.mask, tokens.metric, tokens.average, "yes" if tokens.proportional_attention else "no"]
-        yield [*settings, f"{tokens.person_share:g}", *_errors(study, study.variant(tokens))]
+        yield [*settings, f"{tokens.person_share:g}", *study.measure(study.variant(tokens))[:3]]
 
 
 TABLES: dict[str, Callable[[Study], Iterator[list[str]]]] = {
@@ -111,23 +130,17 @@ TABLES: dict[str, Callable[[Study], Iterator[list[str]]]] = {
 }
 
 
-def _errors(study: Study, hmr: HMR) -> list[str]:
-    return [f"{value:.1f}" for value in study.measure(hmr)]
-
-
-def _macs(hmr: HMR) -> str:
-    return f"{encoder_cost(hmr.config, hmr.merge_plan).macs_thop / 1e9:.3f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--frames_per_clip", type=int, default=12)
+    parser.add_argument("--data", required=True, help="folder of shards to measure on")
+    parser.add_argument("--calibration", required=True, help="folder of shards to choose layers on")
+    parser.add_argument("--frames_per_clip", type=int, default=27)
+    parser.add_argument("--clips", type=int, help="so many clips of each, spread evenly; all of DATA if not given")
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     options = parser.parse_args()
-    study = Study(options.checkpoint, options.data, options.frames_per_clip)
-    print(f"{study.frames.frames} frames, {torch.get_num_threads()} threads")
+    study = Study(options.checkpoint, options.data, options.calibration, options.frames_per_clip, options.clips)
+    print(f"chosen on {study.calibration.frames} frames, measured on {study.frames.frames}, {PROTOCOL.describe()}")
     for name in options.tables:
         print(f"\n{TABLES[name].__doc__}\n")
         for number, row in enumerate(TABLES[name](study)):
