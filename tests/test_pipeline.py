@@ -15,7 +15,7 @@ from fasthmr.body import BodyMismatchError
 from fasthmr.checkpoint import EncoderMismatchError, encoder_id, save_encoder, save_pipeline
 from fasthmr.conventions import CROP_PX, IMAGE_STD, MASK_SUBJECT
 from fasthmr.data.batch import collate, person_mask
-from fasthmr.data.crops import CROP_SCALE, normalised
+from fasthmr.data.crops import CROP_SCALE
 from fasthmr.data.schema import Clip, PackedImages
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.data.transforms import Augmentation, make_sample
@@ -132,10 +132,6 @@ class TestCrops:
         shifted = (images.roll(3, dims=-1) - batch.network_input()).abs().mean()
         assert difference < 12 * GREY and difference < 0.7 * shifted
         assert (masks != person_mask(batch)).float().mean() < 0.01
-
-    def test_normalised_as_a_batch_is(self, film):
-        batch = collate([make_sample(film.clip, [0], np.random.default_rng(0), Augmentation.off())])
-        assert torch.equal(normalised(batch.images[0]), batch.network_input())
 
     def test_large_pictures_are_blurred_before_they_shrink(self, hmr, pipeline):
         # Stripes of one pixel, interpolated between at random, keep 0.58 of their contrast. The blur leaves nothing.

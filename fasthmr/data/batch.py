@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from fasthmr.conventions import CROP_PX, IMAGE_MEAN, IMAGE_STD, MASK_OTHER, MASK_SUBJECT
+from fasthmr.conventions import CROP_PX, MASK_OTHER, MASK_SUBJECT
+from fasthmr.data.crops import normalised
 
 #: shape (after the leading batch dimension) and dtype of every array of a sample; "T" is the number of frames.
 _LAYOUT: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {
@@ -129,10 +130,7 @@ class ClipBatch:
 
     def network_input(self) -> torch.Tensor:
         """(B*T, 3, 256, 256) float32 in [0, 1], normalised by ImageNet's mean and standard deviation (HMR2.0)."""
-        images = flatten_frames(self.images).float().div_(255.0)
-        mean = images.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-        std = images.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
-        return images.sub_(mean).div_(std)
+        return normalised(flatten_frames(self.images))
 
     def per_frame(self, per_clip: torch.Tensor) -> torch.Tensor:
         """(B, ...) one value a clip -> (B*T, ...) repeated for each of its frames."""
