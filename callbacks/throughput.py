@@ -13,7 +13,8 @@ class Throughput(L.Callback):
     """Logs `throughput/clips_per_s`, `throughput/frames_per_s` (over all ranks) and `throughput/data_wait_share`.
 
     Samples are counted from the batches, and the device is synchronised only when a window ends, so that measuring
-    does not slow down what is measured.
+    does not slow down what is measured. Windows begin anew after each validation, so that their ends fall on any step:
+    values go straight to the loggers, as `self.log` drops those of steps that are no multiple of `log_every_n_steps`.
 
     Args:
         every_n_steps: batches over which a value is averaged.
@@ -54,7 +55,8 @@ class Throughput(L.Callback):
                 "throughput/frames_per_s": self._frames * trainer.world_size / seconds,
                 "throughput/data_wait_share": self._waited / seconds,
             }
-            pl_module.log_dict(values, rank_zero_only=True)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
             self._restart()
         self._batch_end = time.perf_counter()
 

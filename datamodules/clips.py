@@ -10,13 +10,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from datamodules.order import ResumableLoader, TrainOrder, ValidationOrder
+from datamodules.order import ResumableLoader, SampleId, TrainOrder, ValidationOrder
 from datamodules.samples import TrainSamples, TrainSampling, ValidationSamples
 from datamodules.stream import StreamLoader
-from fasthmr.body import load_body
-from fasthmr.data.batch import collate
+from fasthmr.body import BodyModel, load_body, require_same_body
+from fasthmr.data.batch import ClipSample, collate
+from fasthmr.data.schema import ClipError
 from fasthmr.data.shards import ClipStore, ensure_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.data.transforms import CROP_SCALE, Augmentation
@@ -106,7 +107,12 @@ class ClipDataModule(L.LightningDataModule):
     # ---- Lightning's stages ---------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Make the shards that are missing; called by one process per machine, before any other opens them."""
+        """Make the shards that are missing; called by one process per machine, before any other opens them.
+
+        Raises:
+            BodyMismatchError: the model that is to be trained has another body.
+        """
+        self._require_body_of_model()
         for role, directory, config in (
             ("training", self.train_dir, self.make_train),
             ("validation", self.val_dir, self.make_val),
@@ -121,13 +127,19 @@ class ClipDataModule(L.LightningDataModule):
 
         Raises:
             ShardError: no finished set of shards, or a damaged one.
-            BodyMismatchError: labels of another body.
-            ValueError: a clip that is shorter than the frames to be taken from it.
+            BodyMismatchError: labels, or a model, of another body.
+            ValueError: a clip that is shorter than the frames to be taken from it, or no validation clip at all.
         """
+        self._require_body_of_model()
         if stage in (None, "fit") and self._train_store is None:
             self._train_store = self._open(self.train_dir, self.sampling.frames, "frames_per_clip")
         if self._val_store is None:
             self._val_store = self._open(self.val_dir, self.val_frames, "val_frames")
+            if len(self._val_store) == 0:
+                raise ValueError(
+                    f"there are no validation clips in {self.val_dir}: make some (make_val.clips), or give another "
+                    "folder with data.init_args.val"
+                )
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         store = self._opened(self._train_store)
@@ -150,7 +162,7 @@ class ClipDataModule(L.LightningDataModule):
         order = TrainOrder(len(store), self.batch_size, self.seed, self._batches_done, rank, world_size)
         order.epoch_length = self._epoch_length(len(order))
         return ResumableLoader(
-            TrainSamples(store, self.sampling, self.seed),
+            _Located(TrainSamples(store, self.sampling, self.seed), store),
             batch_sampler=order,
             collate_fn=collate,
             num_workers=self.workers,
@@ -163,7 +175,7 @@ class ClipDataModule(L.LightningDataModule):
         store = self._opened(self._val_store)
         rank, world_size = self._process()
         return DataLoader(
-            ValidationSamples(store, self.val_frames, self.sampling.crop_scale),
+            _Located(ValidationSamples(store, self.val_frames, self.sampling.crop_scale), store),
             batch_sampler=ValidationOrder(len(store), self.val_batch_size, rank, world_size),
             collate_fn=collate,
             num_workers=self.workers,
@@ -202,6 +214,12 @@ class ClipDataModule(L.LightningDataModule):
 
     # ---- internals ------------------------------------------------------------------------------------------------
 
+    def _require_body_of_model(self) -> None:
+        """Refuse a model of another body: losses and metrics would compare the joints of two bodies."""
+        body = None if self.trainer is None else getattr(self.trainer.lightning_module, "body", None)
+        if isinstance(body, BodyModel):
+            require_same_body(body.id, load_body(self.body).id, where=f"the data (data.init_args.body={self.body})")
+
     def _open(self, directory: Path, frames: int, setting: str) -> ClipStore:
         store = ClipStore(directory)
         store.require_body(load_body(self.body).id)
@@ -236,3 +254,19 @@ class ClipDataModule(L.LightningDataModule):
         if self.trainer is None or self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             return 0  # overfit_batches, Lightning's debugging aid: every iteration is the first one again
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+
+class _Located(Dataset[ClipSample]):
+    """Samples of a store; when a clip's pictures turn out to be damaged, the error names the shard, too."""
+
+    def __init__(self, samples: TrainSamples | ValidationSamples, store: ClipStore) -> None:
+        self.samples, self.store = samples, store
+
+    def __getitem__(self, sample: SampleId | int) -> ClipSample:
+        try:
+            return self.samples[sample]  # type: ignore[index]
+        except ClipError as error:
+            shard = self.store.shard_of(sample.clip if isinstance(sample, SampleId) else sample)
+            if str(shard) in str(error):
+                raise
+            raise ClipError(f"{shard}: {error}; `python -m fasthmr.shard verify {shard.parent}` finds all") from error

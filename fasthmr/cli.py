@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -10,7 +11,12 @@ import typing
 from typing import Any, NoReturn
 
 import lightning as L
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help with the lines of a module's description as they are, examples included."""
 
 
 class UsageError(Exception):
@@ -41,10 +47,43 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
             key = found.group(1).rstrip("+")
             valid = valid_keys(parser)
             wrong = next((part for part in key.split(".") if part not in valid), key.rpartition(".")[2])
-            near = difflib.get_close_matches(wrong, sorted(valid), n=3)
+            near = difflib.get_close_matches(wrong, sorted(valid - {wrong}), n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; see --help or --print_config"
             return f"unknown key {key!r}{hint}"
-    return message
+    return innermost(message)
+
+
+#: lines of a parser's dump that say nothing of the value
+_FRAME = re.compile(r"(?:Parser key|Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|$)")
+#: lines in which the parser itself speaks, and not a class that refused its arguments
+_PARSERS = re.compile(r"(?:Expected|Not a valid subclass|Subclass types|Problem with|(?:or )?a (?:class path|dict) )")
+_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^]]*)\])(?:\. Got value:.*)?")
+
+
+def innermost(message: str) -> str:
+    """The sentence within a parser's dump of every type that a value might have had; other messages as they are."""
+    if "Union subtypes" not in message:
+        return message
+    lines = [line.strip().removeprefix("- ").rstrip(".") for line in message.splitlines()]
+    told = list(dict.fromkeys(line for line in lines if not _FRAME.match(line)))
+    if refusals := [line for line in told if not _PARSERS.match(line)]:
+        return "; ".join(refusals)
+    types = [name or f"one of {options}" for name, options in (f.groups() for f in map(_TYPE.match, told) if f)]
+    keys, given = (re.findall(pattern, message) for pattern in (r'Parser key "([^"]+)"', r"(?:Given|Got) value: (.*)"))
+    if not (types and keys and given):
+        return message
+    return f"{keys[-1]} must be {' or '.join(types)}, got {given[0]}"
+
+
+_FROM_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process.*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line: without the traceback of a loader process or the dump of a parser around it."""
+    message = str(error)
+    if found := _FROM_WORKER.match(message):
+        message = found.group(2)
+    return " ".join(innermost(message).split())
 
 
 def valid_keys(parser: LightningArgumentParser) -> set[str]:

@@ -16,6 +16,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from fasthmr.checkpoint import network_of
+from fasthmr.cli import HelpFormatter
 from fasthmr.safetensors_io import SUFFIX, write_safetensors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="python -m fasthmr.export", description=__doc__)
+    parser = ArgumentParser(prog="python -m fasthmr.export", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", type=str, help="any checkpoint of ours")
     parser.add_argument("-o", "--out", type=str, required=True, help=f"file to write, *{SUFFIX}")
     parser.add_argument("--dtype", type=str, default="float32", help="float32, or bfloat16 for half the size")

@@ -6,6 +6,8 @@ One stage, in LightningCLI's shape (`model`, `data`, `trainer`, plus `run_dir`, 
 every key can be overridden by a later file or on the command line (`--trainer.max_epochs 2`), lists with `+` are
 appended to (`--trainer.callbacks+ ...`), `${run_dir}` and other keys can be interpolated.
 `--ckpt_path last` goes on from the newest checkpoint of `run_dir`; a run that was killed goes on as if it had not been.
+Keys that change what is trained must be as they were; `fasthmr/resume.py` lists those that may differ. Ctrl-C ends a
+run after the step it is in, with a checkpoint.
 
 A recipe, which names stages in order, each a one-stage file with some keys overridden: finished stages are skipped, an
 interrupted one goes on. `python -m fasthmr.fit -c RECIPE --help` explains it and lists the recipe's stages.
@@ -17,21 +19,29 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from fasthmr.cli import FitParser, UsageError
+from callbacks.interrupt import SaveOnInterrupt
+from callbacks.progress import RunProgress
+from callbacks.validated import LastValidation
+from fasthmr.checkpoint_files import read_checkpoint
+from fasthmr.cli import FitParser, HelpFormatter, UsageError, one_line
+from fasthmr.files import write_text
 from fasthmr.lit.checkpoint_io import AtomicCheckpointIO
+from fasthmr.losses import NonFiniteLossError
 from fasthmr.recipe import (
     LAST_CHECKPOINT,
     Commands,
@@ -41,15 +51,28 @@ from fasthmr.recipe import (
     run_recipe,
     save_result,
 )
+from fasthmr.resume import CONFIG_FILE, require_resumable
 
 
 class SaveResolvedConfig(SaveConfigCallback):
-    """Writes the resolved config to run_dir/config.yaml and into TensorBoard's text page."""
+    """Writes the resolved config to run_dir/config.yaml and into TensorBoard's text page.
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(trainer.logger, TensorBoardLogger):
-            text = self.parser.dump(self.config, skip_none=False)
-            trainer.logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+    Only once training starts: a checkpoint that cannot be gone on from, or data that cannot be read, leaves both alone.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        run_dir = Path(self.config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / CONFIG_FILE, text)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
 
 
 class FitCLI(LightningCLI):
@@ -68,18 +91,30 @@ class FitCLI(LightningCLI):
             args=list(args),
             parser_class=FitParser,
             # "omegaconf+" resolves ${...} after all files and arguments are merged, so that overrides reach them.
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "python -m fasthmr.fit", "description": __doc__},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "prog": "python -m fasthmr.fit",
+                "description": __doc__,
+                "formatter_class": HelpFormatter,
+            },
             seed_everything_default=0,
             # Our samplers split the data over ranks themselves, without padding or duplicates.
             trainer_defaults={"use_distributed_sampler": False},
             save_config_callback=SaveResolvedConfig,
-            save_config_kwargs={"overwrite": True},
+            # The modules bring their own optimiser: --optimizer would silently replace it.
+            auto_configure_optimizers=False,
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super()._instantiate_trainer(config, callbacks)
+        self._validated = LastValidation()
+        ours: list[L.Callback] = [self._validated, SaveOnInterrupt(Path(self.config.run_dir) / LAST_CHECKPOINT)]
+        if config["enable_progress_bar"] is not False and not any(
+            isinstance(callback, ProgressBar) for callback in config["callbacks"] or []
+        ):
+            ours.append(RunProgress())
+        return super()._instantiate_trainer(config, [*callbacks, *ours])
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="where everything of this run is written")
@@ -115,40 +150,68 @@ class FitCLI(LightningCLI):
         Raises:
             UsageError: `run_dir` holds another run or cannot be written, or there is nothing to resume.
         """
-        super().instantiate_classes()
         run_dir = Path(self.config.run_dir)
+        checkpoint = self._checkpoint_to_resume(run_dir, resume)
+        if checkpoint is not None:
+            require_resumable(checkpoint, yaml.safe_load(self.resolved))
+        _require_writable(run_dir)
+        super().instantiate_classes()
+        try:
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+        except SystemExit as left:
+            if self.trainer.interrupted:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from left
+            raise
+        path = _best_checkpoint(self.trainer, run_dir)
+        protocol = getattr(getattr(self.model, "errors", None), "protocol", None)
+        return StageResult(
+            run_dir=run_dir,
+            metrics=_metrics_in(path) or self._validated.metrics,
+            checkpoint=path,
+            protocol=protocol.describe() if protocol is not None else "",
+            resumed=checkpoint is not None,
+        )
+
+    def _checkpoint_to_resume(self, run_dir: Path, resume: bool) -> Path | None:
         last = run_dir / LAST_CHECKPOINT
         ckpt_path = self.config.ckpt_path
-        if resume and ckpt_path is None and last.exists():
-            ckpt_path = "last"
-        if ckpt_path == "last":
+        if ckpt_path == "last" or (resume and ckpt_path is None and last.exists()):
             if not last.exists():
                 raise UsageError(f"--ckpt_path last: there is no checkpoint at {last}; start without --ckpt_path")
-            ckpt_path = str(last)
-        elif ckpt_path is not None and not Path(ckpt_path).is_file():
-            raise UsageError(f"--ckpt_path: there is no file {ckpt_path}")
-        elif ckpt_path is None and last.exists():
+            return last
+        if ckpt_path is not None:
+            if not Path(ckpt_path).is_file():
+                raise UsageError(f"--ckpt_path: there is no file {ckpt_path}")
+            return Path(ckpt_path)
+        if last.exists():
             raise UsageError(
                 f"{run_dir} already holds a run ({last}): add --ckpt_path last to go on with it, "
                 "or choose another folder with --run_dir"
             )
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to run_dir {run_dir}: {error}; choose another with --run_dir") from error
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
-        if self.trainer.interrupted:
-            raise KeyboardInterrupt
-        return StageResult(
-            run_dir=run_dir,
-            metrics={k: float(v) for k, v in sorted(self.trainer.callback_metrics.items()) if k.startswith("val/")},
-            checkpoint=_best_checkpoint(self.trainer, run_dir),
-            resumed=ckpt_path is not None,
-        )
+        return None
 
 
 #: kinds of stages that a recipe can name; a stage without `command` is a "fit"
 COMMANDS: Commands = {"fit": FitCLI}
+
+
+def _require_writable(run_dir: Path) -> None:
+    """Write a little where `run_dir` is, or will be, and leave nothing: before minutes go into what comes first."""
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"?")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"cannot write to run_dir {run_dir} ({reason}); choose another with --run_dir") from error
+
+
+def _metrics_in(checkpoint: str) -> dict[str, float]:
+    """The metrics that a checkpoint was saved with; {} where it is not known."""
+    if not Path(checkpoint).is_file():
+        return {}
+    state = read_checkpoint(Path(checkpoint)).get("callbacks", {}).get(LastValidation.STATE_KEY, {})
+    return dict(state.get("metrics", {}))
 
 
 def _best_checkpoint(trainer: L.Trainer, run_dir: Path) -> str:
@@ -186,7 +249,10 @@ def print_results(results: dict[str, StageResult]) -> None:
     console = Console()
     for stage, result in results.items():
         state = "finished earlier" if result.skipped else "finished"
-        table = Table(title=f"{stage}: {state}", title_justify="left")
+        name = Path(result.checkpoint).name or "no checkpoint"
+        if result.protocol:
+            print(f"protocol     {result.protocol}")
+        table = Table(title=f"{stage}: {state}; metrics of {name}", title_justify="left")
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in result.metrics.items():
@@ -207,6 +273,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
     # Lightning advertises other products at start-up.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the config says it
     try:
         print_results(fit(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -215,10 +282,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 130
-    except (UsageError, ValueError, OSError) as error:
+    except (UsageError, NonFiniteLossError, ValueError, OSError) as error:
         if os.environ.get("FASTHMR_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

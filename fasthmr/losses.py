@@ -13,6 +13,10 @@ from fasthmr.conventions import PELVIS
 from fasthmr.geometry.boxes import TokenGrid
 
 
+class NonFiniteLossError(RuntimeError):
+    """The loss of a batch is NaN or infinite; the message names the step, and the clips of the batch if it has any."""
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the parts.

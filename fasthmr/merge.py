@@ -33,6 +33,7 @@ from tqdm import tqdm
 from fasthmr.body import load_body, require_same_body
 from fasthmr.calibration import CalibrationSet, People, PlanErrors, RememberedErrors
 from fasthmr.checkpoint import load_encoder, read_header, save_encoder
+from fasthmr.cli import HelpFormatter
 from fasthmr.cost import encoder_cost, frames_per_second
 from fasthmr.files import write_text
 from fasthmr.merging import LayerMergePlan, SearchStep, TokenMerging, search_layer_merges
@@ -49,7 +50,7 @@ _TOKEN_FLAGS = ("keep_tokens", "per_layer", "mask", "person_share", "metric", "a
 
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="python -m fasthmr.merge", description=__doc__)
+    parser = ArgumentParser(prog="python -m fasthmr.merge", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", type=str, help="encoder to merge; it may have merged layers already")
     parser.add_argument("--data", type=str, required=True, help="folder of shards with pose labels to calibrate on")
     parser.add_argument("--out", type=str | None, default=None, help="name of what is written, without ending")

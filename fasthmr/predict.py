@@ -26,6 +26,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from fasthmr.body import BodyModel
+from fasthmr.cli import HelpFormatter
 from fasthmr.conventions import MASK_SUBJECT
 from fasthmr.files import written_whole
 from fasthmr.motion_file import save_motion
@@ -48,7 +49,7 @@ _MESHES = 32
 
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="python -m fasthmr.predict", description=__doc__)
+    parser = ArgumentParser(prog="python -m fasthmr.predict", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("video", type=str, help="video file, or folder of pictures")
     parser.add_argument("--masks", type=str, required=True, help="folder, npz or video of masks, or `background`")
     parser.add_argument("--subject", type=int | None, default=None, help="label of the person in masks of labels")

@@ -62,11 +62,21 @@ _NO_STAGE_NAMES = ("all", "model", "data", "trainer")
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage ended with: where it wrote, its last metrics and its best checkpoint ("" if it has none)."""
+    """What a stage ended with.
+
+    Args:
+        run_dir: where it wrote.
+        metrics: of its checkpoint.
+        checkpoint: the best, else the last one; "" if it has none.
+        protocol: how the metrics were taken, in one line; "" where it has no protocol.
+        resumed: it went on from an earlier run.
+        skipped: it had finished before.
+    """
 
     run_dir: Path
     metrics: dict[str, float]
     checkpoint: str
+    protocol: str = ""
     resumed: bool = False
     skipped: bool = False
 
@@ -360,6 +370,7 @@ def save_result(result: StageResult, command: Command, inputs: Mapping[str, Arte
         "config": yaml.safe_load(command.resolved),
         "metrics": result.metrics,
         "checkpoint": result.checkpoint,
+        "protocol": result.protocol,
         "inputs": _as_dict(inputs),
     }
     _write_json(result.run_dir / DONE_FILE, done)
@@ -438,7 +449,7 @@ def _stored(run_dir: Path) -> StageResult | None:
     if not (run_dir / DONE_FILE).exists():
         return None
     done = _read_json(run_dir / DONE_FILE)
-    return StageResult(run_dir, done["metrics"], done["checkpoint"], skipped=True)
+    return StageResult(run_dir, done["metrics"], done["checkpoint"], done.get("protocol", ""), skipped=True)
 
 
 def _finished(run_dir: Path, command: Command) -> StageResult | None:

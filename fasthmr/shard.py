@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fasthmr.body import load_body
+from fasthmr.cli import HelpFormatter
 from fasthmr.data.shards import ClipStore, verify_shards, write_shards
 from fasthmr.data.sheet import contact_sheet
 from fasthmr.data.synth.source import SynthConfig, SynthSource
@@ -43,7 +44,7 @@ def build_parser() -> ArgumentParser:
     inspect.add_argument("--clips", type=int, default=8, help="clips listed and shown, spread over the set")
     verify = ArgumentParser(description="Compare all checksums, decode all images, check all labels.")
     verify.add_argument("folder", type=str)
-    parser = ArgumentParser(prog="python -m fasthmr.shard", description=__doc__)
+    parser = ArgumentParser(prog="python -m fasthmr.shard", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subcommands()
     commands.add_subcommand("make", make)
     commands.add_subcommand("inspect", inspect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from datamodules.clips import ClipDataModule
 from fasthmr.body import BodyMismatchError
 from fasthmr.conventions import MASK_SUBJECT
 from fasthmr.data.batch import ClipBatch, flatten_frames
+from fasthmr.data.index import MANIFEST
 from fasthmr.data.synth.source import SynthConfig
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
@@ -301,6 +303,16 @@ def test_labels_of_another_body_are_refused(data: Path, tmp_path: Path) -> None:
     make_set(tmp_path / "train", 1, body="somebody@123")
     (tmp_path / "val").symlink_to(data / "val")
     with pytest.raises(BodyMismatchError, match="somebody@123"):
+        loader_of(tmp_path)
+
+
+def test_a_validation_set_without_clips_is_refused(data: Path, tmp_path: Path) -> None:
+    """Our writer makes no such set, but a script that split one could."""
+    (tmp_path / "train").symlink_to(data / "train")
+    (tmp_path / "val").mkdir()
+    content = json.loads((data / "val" / MANIFEST).read_text()) | {"clips": 0, "frames": 0, "shards": {}}
+    (tmp_path / "val" / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"no validation clips in .*val: make some \(make_val\.clips\)"):
         loader_of(tmp_path)
 
 

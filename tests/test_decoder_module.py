@@ -15,7 +15,7 @@ from fasthmr.body import BodyMismatchError, encode_pose
 from fasthmr.checkpoint import CheckpointError, EncoderMismatchError, load_decoder, save_decoder
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.lit.decoder import DiffusionDecoderModule
-from fasthmr.lit.encoder import NonFiniteLossError
+from fasthmr.losses import NonFiniteLossError
 from fasthmr.models.sampler import DiffusionConfig
 
 

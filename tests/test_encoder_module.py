@@ -15,9 +15,9 @@ from datamodules.clips import ClipDataModule
 from fasthmr.body import BodyMismatchError, load_body
 from fasthmr.checkpoint import encoder_header, load_encoder, save_encoder
 from fasthmr.data.batch import ClipBatch
-from fasthmr.lit.encoder import MergedEncoderModule, NonFiniteLossError
+from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer, decay_groups, warmup_cosine
-from fasthmr.losses import LossWeights, token_joint_loss
+from fasthmr.losses import LossWeights, NonFiniteLossError, token_joint_loss
 from fasthmr.merging import LayerMergePlan, TokenMerging
 from fasthmr.models.hmr import HMR, TOKEN_GRID, HMRConfig, HMROutput
 

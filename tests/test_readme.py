@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_fit import QUICK, TINY_NET, tiny_data
+from test_fit import QUICK, START_TINY, TINY_NET, tiny_data
+from test_video import scene, write_video
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,19 +47,25 @@ def checkout(tmp_path) -> Path:
 def test_fit_and_merge_commands_and_the_python_example(checkout, tiny_shards):
     for command in commands("python -m fasthmr.fit"):
         keys = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=1"]
-        if "fasthmr.yaml" in command:
-            keys = [k.replace("--", "--encoder.", 1) for k in keys]
-        if "progressive_tiny.yaml" in command:  # of the net's own size, and deeper than it is to be merged to
-            keys += ["--model.init_args.init_from=null", "--model.init_args.net.vit_depth=9"]
+        if "fasthmr.yaml" in command or "progressive_tiny.yaml" in command:
+            keys += START_TINY
         run(python(command, *keys), checkout)
-    (checkout / "runs" / "longer").rename(checkout / "runs" / "fasthmr")
     (checkout / "data" / "synth_tiny").mkdir(parents=True)
     (checkout / "data" / "synth_tiny" / "val").symlink_to(tiny_shards)
     (command,) = commands("python -m fasthmr.merge")
     assert "multiply-adds" in run(python(command, "--frames_per_clip=2"), checkout).stdout
+    (command,) = commands("python -m fasthmr.export")
+    assert "written: mine.safetensors" in run(python(command), checkout).stdout
     (example,) = blocks("python")
     printed = run([sys.executable, "-c", example], checkout).stdout
     assert "(1, 6600, 3)" in printed.replace("torch.Size([1, 6600, 3])", "(1, 6600, 3)")
+
+
+def test_predict_command(checkout):
+    write_video(checkout / "walk.mp4", scene(12)[0])
+    (command,) = commands("python -m fasthmr.predict")
+    assert "12 frames" in run(python(command), checkout).stdout
+    assert {f.name for f in (checkout / "walk").iterdir()} == {"motion.npz", "frame_000000.glb", "overlay.mp4"}
 
 
 def test_shard_commands(checkout):

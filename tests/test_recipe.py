@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_fit import QUICK, TINY_NET, run_fit, tiny_data
+from test_fit import QUICK, START_TINY, TINY_NET, run_fit, tiny_data
 
 from fasthmr.checkpoint import load_encoder, read_header
 from fasthmr.cli import UsageError
@@ -229,7 +229,7 @@ def test_every_recipe_is_tested():
 
 def test_the_default_recipe_runs_its_stages(tiny_shards, tmp_path):
     keys = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=1"]
-    keys = [k.replace("--", "--encoder.", 1) for k in keys]
+    keys += START_TINY
     done = run_fit("-c", str(ROOT / "conf/fasthmr.yaml"), *keys, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "stage 1 of 1: encoder" in done.stderr and "encoder: finished" in done.stdout

@@ -26,8 +26,8 @@ from fasthmr.checkpoint import (
 )
 from fasthmr.geometry.slerp import slerp
 from fasthmr.lit.average import averaged
-from fasthmr.lit.encoder import NonFiniteLossError
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
+from fasthmr.losses import NonFiniteLossError
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.metrics.functional import acceleration_error
 from fasthmr.models.denoiser import DenoiserConfig

@@ -17,14 +17,10 @@ from fasthmr.data.batch import ClipBatch, person_mask
 from fasthmr.geometry.cameras import crop_camera_translation, project
 from fasthmr.lit.average import averaged
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
-from fasthmr.losses import HMRTarget, LossWeights, feature_loss, hmr_losses, token_joint_loss
+from fasthmr.losses import HMRTarget, LossWeights, NonFiniteLossError, feature_loss, hmr_losses, token_joint_loss
 from fasthmr.merging import LayerMergePlan
 from fasthmr.metrics import PROTOCOLS, BestConstantError, PoseErrors
 from fasthmr.models.hmr import HMR, TOKEN_GRID, HMRConfig, HMROutput
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss of a batch is NaN or infinite; the message names the loss parts and the clips of the batch."""
 
 
 class MergedEncoderModule(L.LightningModule):

@@ -16,6 +16,7 @@ from fasthmr.body.ik import HybridPose
 from fasthmr.checkpoint import prior_header
 from fasthmr.conventions import NUM_JOINTS
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
+from fasthmr.losses import NonFiniteLossError
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.metrics.functional import acceleration_error
 from fasthmr.models.motion_prior import MotionPrior
@@ -80,7 +81,7 @@ class MotionPriorModule(L.LightningModule):
         parts = {"reconstruction": error[valid].mean(), "kl": latent.kl()}
         loss = parts["reconstruction"] + self.kl_weight * parts["kl"]
         if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is not finite at step {self.global_step}: lower optimizer.lr")
+            raise NonFiniteLossError(f"the loss is not finite at step {self.global_step}: lower optimizer.lr")
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(poses))
         return loss
 
