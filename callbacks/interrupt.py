@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 class SaveOnInterrupt(L.Callback):
     """On the first Ctrl-C of a training step, finish the step, save a checkpoint and raise KeyboardInterrupt.
 
-    A checkpoint from within a step would not resume exactly. During validation, and at the second Ctrl-C, the run stops
+    A checkpoint from within a step would not resume exactly, nor one from between the batches whose gradients a step
+    accumulates. During validation, and at the second Ctrl-C, the run stops
     at once. It does so in runs of several processes, too: those would have to agree on a step first.
 
     Args:
@@ -48,7 +49,8 @@ class SaveOnInterrupt(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._asked:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if self._asked and stepped:
             trainer.save_checkpoint(self.checkpoint)
             raise KeyboardInterrupt
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
+from callbacks.validated import LastValidation
 from fasthmr.calibration import CalibrationSet, PlanErrors
 from fasthmr.checkpoint import read_header
 from fasthmr.lit.collapse import Moments, collapse_while_training, require_mergeable
@@ -51,6 +52,7 @@ class ProgressiveMerging(L.Callback):
         at_epochs: epochs, from 0, at whose start it is due.
         every_n_steps: optimiser steps between events.
         settled_mm: due when a validation's MPJPE is not lower than the best one since the last event by more than this.
+            Needs `LastValidation`, so that a resumed run sees the same validations.
         min_steps_between: at least so many steps between events, for `settled_mm`.
         layers_per_event: at most so many layers are removed at once.
         target_layers: stop when so many are left; null: at 1, or as many as token merging needs.
@@ -130,7 +132,6 @@ class ProgressiveMerging(L.Callback):
         self.last_tried = -1  # optimiser step at which it was last due
         self.best_since_mm: float | None = None  # lowest validation error since then
         self.settled = False
-        self.validation_pending = False  # one that follows the batch that just ended, and was not seen yet
         self.history: list[dict[str, Any]] = []
 
     # ---- state ----------------------------------------------------------------------------------------------------
@@ -144,7 +145,6 @@ class ProgressiveMerging(L.Callback):
             "last_tried": self.last_tried,
             "best_since_mm": self.best_since_mm,
             "settled": self.settled,
-            "validation_pending": self.validation_pending,
             "history": list(self.history),
         }
 
@@ -152,6 +152,7 @@ class ProgressiveMerging(L.Callback):
         """Go on where a checkpoint was written; its settings are compared when the fit starts."""
         state = dict(state_dict)
         self._saved_settings = state.pop("settings")
+        state.pop("validation_pending", None)  # in checkpoints of earlier versions; LastValidation knows it now
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -161,6 +162,11 @@ class ProgressiveMerging(L.Callback):
         if not isinstance(pl_module, MergedEncoderModule):
             raise ValueError(f"progressive merging is for MergedEncoderModule, got {type(pl_module).__name__}")
         require_mergeable(trainer.strategy)
+        if self.settled_mm is not None and not any(isinstance(c, LastValidation) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "settled_mm needs callbacks.validated.LastValidation among the trainer's callbacks (fasthmr.fit adds "
+                "it): without it, a resumed run misses validations that it is decided by"
+            )
         depth = pl_module.net.config.vit_depth
         backbone = pl_module.net.backbone
         if self.target_layers is None:
@@ -199,8 +205,6 @@ class ProgressiveMerging(L.Callback):
         told = f"{layers} layers, reference error {self.reference_mm:.2f} mm, used {self._used()}"
         self._show(trainer, told, {"layers": layers, "budget_used_mm": self.used_mm})
         self._show_plan(trainer, pl_module.net.merge_plan)
-        if self.settled_mm is not None and self.validation_pending:
-            _validate(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -211,17 +215,8 @@ class ProgressiveMerging(L.Callback):
             self.settled, self.best_since_mm = False, None
             self._merge(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # ModelCheckpoint's hook comes after this one: what it saves says that the validation is still to come.
-        self.validation_pending = _validation_follows(trainer)
-
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self.validation_pending = False
-        if self.settled_mm is None:
+        if trainer.sanity_checking or self.settled_mm is None:
             return
         now = float(trainer.callback_metrics["val/mpjpe_mm"])
         if self.best_since_mm is not None and now > self.best_since_mm - self.settled_mm:
@@ -396,23 +391,3 @@ def _require_same_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
             f"progressive merging began with other settings ({'; '.join(changed)}): resume with those of the "
             "checkpoint, or start a new run from its weights with model.init_args.init_from"
         )
-
-
-# Lightning writes step-wise checkpoints before the validation that is due at the same step, and leaves that validation
-# out when it resumes from one. Where its result decides, it is made up for.
-
-
-def _validation_follows(trainer: L.Trainer) -> bool:
-    """Whether the batch that just ended is followed by a validation."""
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-def _validate(trainer: L.Trainer) -> None:
-    """Validate as the training loop does."""
-    validation = trainer.fit_loop.epoch_loop.val_loop
-    validation.restarting = False  # from its first batch
-    trainer.validating = True
-    validation.run()
-    trainer.training = True

@@ -18,7 +18,7 @@ from datamodules.stream import StreamLoader
 from fasthmr.body import BodyModel, load_body, require_same_body
 from fasthmr.data.batch import ClipSample, collate
 from fasthmr.data.schema import ClipError
-from fasthmr.data.shards import ClipStore, ensure_shards
+from fasthmr.data.shards import ClipStore, ShardError, ensure_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.data.transforms import CROP_SCALE, Augmentation
 
@@ -111,16 +111,24 @@ class ClipDataModule(L.LightningDataModule):
 
         Raises:
             BodyMismatchError: the model that is to be trained has another body.
+            ShardError: a folder holds something else than what is to be made there.
+            OSError, ValueError: motion or backgrounds cannot be read; nothing has been made by then.
         """
         self._require_body_of_model()
-        for role, directory, config in (
-            ("training", self.train_dir, self.make_train),
-            ("validation", self.val_dir, self.make_val),
-        ):
-            if config is not None:
-                source = SynthSource(config, load_body(self.body))
-                log.info("%s set: %d clips in %s (made now as far as they are missing)", role, len(source), directory)
+        to_make = [
+            (role, key, directory, SynthSource(config, load_body(self.body)))
+            for role, key, directory, config in (
+                ("training", "train", self.train_dir, self.make_train),
+                ("validation", "val", self.val_dir, self.make_val),
+            )
+            if config is not None
+        ]
+        for role, key, directory, source in to_make:
+            log.info("%s set: %d clips in %s (made now as far as they are missing)", role, len(source), directory)
+            try:
                 ensure_shards(source, directory, workers=max(1, self.workers))
+            except ShardError as error:
+                raise ShardError(f"{error} (--data_dir, or data.init_args.{key}, says which)") from error
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards.

@@ -27,6 +27,7 @@ from typing import Any
 
 import lightning as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -110,10 +111,11 @@ class FitCLI(LightningCLI):
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         self._validated = LastValidation()
         ours: list[L.Callback] = [self._validated, SaveOnInterrupt(Path(self.config.run_dir) / LAST_CHECKPOINT)]
+        # The bar comes first: a run that goes on may begin with a validation.
         if config["enable_progress_bar"] is not False and not any(
             isinstance(callback, ProgressBar) for callback in config["callbacks"] or []
         ):
-            ours.append(RunProgress())
+            ours.insert(0, RunProgress())
         return super()._instantiate_trainer(config, [*callbacks, *ours])
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -155,6 +157,8 @@ class FitCLI(LightningCLI):
         if checkpoint is not None:
             require_resumable(checkpoint, yaml.safe_load(self.resolved))
         _require_writable(run_dir)
+        if checkpoint is not None:
+            _remove_unfinished(run_dir / LAST_CHECKPOINT)
         super().instantiate_classes()
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
@@ -163,13 +167,15 @@ class FitCLI(LightningCLI):
                 raise KeyboardInterrupt from left
             raise
         path = _best_checkpoint(self.trainer, run_dir)
+        metrics, validated_step = _metrics_of(path, self._validated)
         protocol = getattr(getattr(self.model, "errors", None), "protocol", None)
         return StageResult(
             run_dir=run_dir,
-            metrics=_metrics_in(path) or self._validated.metrics,
+            metrics=metrics,
             checkpoint=path,
             protocol=protocol.describe() if protocol is not None else "",
             resumed=checkpoint is not None,
+            validated_step=validated_step,
         )
 
     def _checkpoint_to_resume(self, run_dir: Path, resume: bool) -> Path | None:
@@ -182,7 +188,8 @@ class FitCLI(LightningCLI):
         if ckpt_path is not None:
             if not Path(ckpt_path).is_file():
                 raise UsageError(f"--ckpt_path: there is no file {ckpt_path}")
-            return Path(ckpt_path)
+            if not last.exists() or Path(ckpt_path).resolve().is_relative_to(run_dir.resolve()):
+                return Path(ckpt_path)
         if last.exists():
             raise UsageError(
                 f"{run_dir} already holds a run ({last}): add --ckpt_path last to go on with it, "
@@ -206,12 +213,25 @@ def _require_writable(run_dir: Path) -> None:
         raise UsageError(f"cannot write to run_dir {run_dir} ({reason}); choose another with --run_dir") from error
 
 
-def _metrics_in(checkpoint: str) -> dict[str, float]:
-    """The metrics that a checkpoint was saved with; {} where it is not known."""
+@rank_zero_only
+def _remove_unfinished(checkpoint: Path) -> None:
+    """Remove what a killed process left of checkpoints that it was writing (see `fasthmr.files.written_whole`)."""
+    for file in checkpoint.parent.glob(".*.ckpt.*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+def _metrics_of(checkpoint: str, last: LastValidation) -> tuple[dict[str, float], int | None]:
+    """The metrics of a checkpoint, and None; if it was not validated, those of the run's last validation and its step.
+
+    A checkpoint that was saved between validations holds the metrics of an earlier step, maybe of a deeper model.
+    """
     if not Path(checkpoint).is_file():
-        return {}
-    state = read_checkpoint(Path(checkpoint)).get("callbacks", {}).get(LastValidation.STATE_KEY, {})
-    return dict(state.get("metrics", {}))
+        return last.metrics, last.step
+    content = read_checkpoint(Path(checkpoint))
+    stored = content.get("callbacks", {}).get(LastValidation.STATE_KEY, {})
+    if stored.get("metrics") and stored["step"] == content["global_step"]:
+        return dict(stored["metrics"]), None
+    return last.metrics, None if last.step == content["global_step"] else last.step
 
 
 def _best_checkpoint(trainer: L.Trainer, run_dir: Path) -> str:
@@ -252,7 +272,10 @@ def print_results(results: dict[str, StageResult]) -> None:
         name = Path(result.checkpoint).name or "no checkpoint"
         if result.protocol:
             print(f"protocol     {result.protocol}")
-        table = Table(title=f"{stage}: {state}; metrics of {name}", title_justify="left")
+        metrics_of = f"metrics of {name}"
+        if result.validated_step is not None:
+            metrics_of = f"{name}, last validated at step {result.validated_step}"
+        table = Table(title=f"{stage}: {state}; {metrics_of}", title_justify="left")
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in result.metrics.items():
@@ -282,7 +305,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 130
-    except (UsageError, NonFiniteLossError, ValueError, OSError) as error:
+    except (UsageError, NonFiniteLossError, MisconfigurationException, ValueError, OSError) as error:
         if os.environ.get("FASTHMR_TRACEBACK"):
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -41,6 +41,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from fasthmr.checkpoint import HEADER_KEY, read_checkpoint
 from fasthmr.cli import UsageError, flatten
 from fasthmr.files import write_text
+from fasthmr.resume import ONLY_WATCH, matches
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,12 @@ class StageResult:
 
     Args:
         run_dir: where it wrote.
-        metrics: of its checkpoint.
+        metrics: of its checkpoint, or, with `validated_step`, of the last validation.
         checkpoint: the best, else the last one; "" if it has none.
         protocol: how the metrics were taken, in one line; "" where it has no protocol.
         resumed: it went on from an earlier run.
         skipped: it had finished before.
+        validated_step: optimiser step of the last validation, if that was not of the checkpoint.
     """
 
     run_dir: Path
@@ -79,6 +81,7 @@ class StageResult:
     protocol: str = ""
     resumed: bool = False
     skipped: bool = False
+    validated_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -369,6 +372,7 @@ def save_result(result: StageResult, command: Command, inputs: Mapping[str, Arte
     done = {
         "config": yaml.safe_load(command.resolved),
         "metrics": result.metrics,
+        "validated_step": result.validated_step,
         "checkpoint": result.checkpoint,
         "protocol": result.protocol,
         "inputs": _as_dict(inputs),
@@ -449,11 +453,20 @@ def _stored(run_dir: Path) -> StageResult | None:
     if not (run_dir / DONE_FILE).exists():
         return None
     done = _read_json(run_dir / DONE_FILE)
-    return StageResult(run_dir, done["metrics"], done["checkpoint"], done.get("protocol", ""), skipped=True)
+    return StageResult(
+        run_dir,
+        done["metrics"],
+        done["checkpoint"],
+        done.get("protocol", ""),
+        skipped=True,
+        validated_step=done.get("validated_step"),
+    )
 
 
 def _finished(run_dir: Path, command: Command) -> StageResult | None:
     """The result of a finished run of the same config in `run_dir`; None when it has not finished.
+
+    Keys that only watch a run, or say how fast it goes, may be others.
 
     Raises:
         UsageError: it was of another config; names what changed.
@@ -463,7 +476,8 @@ def _finished(run_dir: Path, command: Command) -> StageResult | None:
         return None
     before = flatten(_read_json(run_dir / DONE_FILE)["config"])
     now = flatten(json.loads(json.dumps(yaml.safe_load(command.resolved), default=str)))
-    changed = [k for k in sorted({*before, *now}) if k not in _OWN_KEYS and before.get(k) != now.get(k)]
+    free = (*_OWN_KEYS, *ONLY_WATCH)
+    changed = [k for k in sorted({*before, *now}) if not matches(k, free) and before.get(k) != now.get(k)]
     if changed:
         shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed[:5])
         raise UsageError(

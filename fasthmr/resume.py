@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,22 @@ from fasthmr.cli import UsageError, flatten
 #: the resolved config, in the folder of its run
 CONFIG_FILE = "config.yaml"
 
-#: Keys, or patterns of them, that may change: they change nothing of what is trained but how far and where. That clips
-#: and processes give the same order of training data, and that bodies are the same, is checked where they are opened.
+#: Keys, or patterns of them, that only watch a run, or say how fast it goes: they change nothing that it ends with.
+ONLY_WATCH = (
+    "data.init_args.workers", "data.init_args.val_batch_size", "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.logger.*",
+)  # fmt: skip
+
+#: Keys, or patterns of them, that may change when a run goes on: they change nothing of what is trained but how far
+#: and where. That clips and processes give the same order of training data, and that bodies are the same, is checked
+#: where they are opened.
 MAY_CHANGE = (
-    "config", "ckpt_path", "run_dir", "data_dir",
+    *ONLY_WATCH, "config", "ckpt_path", "run_dir", "data_dir",
     "model.init_args.body", "data.init_args.body", "data.init_args.train", "data.init_args.val",
-    "data.init_args.folder", "data.init_args.workers", "data.init_args.val_batch_size",
+    "data.init_args.folder",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.default_root_dir",
     "trainer.max_*", "trainer.min_*", "trainer.check_val_every_n_epoch", "trainer.val_check_interval",
-    "trainer.limit_val_batches", "trainer.num_sanity_val_steps", "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.logger.*",
+    "trainer.limit_val_batches", "trainer.num_sanity_val_steps",
     "trainer.profiler", "trainer.detect_anomaly", "trainer.callbacks.calibration",
 )  # fmt: skip
 
@@ -60,4 +66,9 @@ def _that_train(config: Mapping[str, Any]) -> dict[str, Any]:
     for callback in flat.pop("trainer.callbacks", None) or []:
         if callback["class_path"] in _CALLBACKS_THAT_TRAIN:
             flat |= flatten(callback.get("init_args") or {}, "trainer.callbacks.")
-    return {k: v for k, v in flat.items() if not any(fnmatch.fnmatchcase(k, pattern) for pattern in MAY_CHANGE)}
+    return {k: v for k, v in flat.items() if not matches(k, MAY_CHANGE)}
+
+
+def matches(key: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted key is one of `patterns`, in which * stands for anything."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import progressive
 from callbacks.progressive import ProgressiveMerging
+from callbacks.validated import LastValidation
 from datamodules.clips import ClipDataModule
 from fasthmr.calibration import PlanErrors
 from fasthmr.lit.encoder import MergedEncoderModule
@@ -67,8 +68,8 @@ def train(
                              save_top_k=-1)  # fmt: skip
     trainer = L.Trainer(
         default_root_dir=out, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-        callbacks=[merging_layers, *(callbacks or []), saving], enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, use_distributed_sampler=False, deterministic=True,
+        callbacks=[merging_layers, *(callbacks or []), LastValidation(), saving], enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, deterministic=True,
         **{"max_steps": STEPS, "logger": False, **(trainer_keys or {})},
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=resume)

@@ -21,6 +21,7 @@ from fasthmr.body import BodyMismatchError
 from fasthmr.conventions import MASK_SUBJECT
 from fasthmr.data.batch import ClipBatch, flatten_frames
 from fasthmr.data.index import MANIFEST
+from fasthmr.data.shards import ShardError
 from fasthmr.data.synth.source import SynthConfig
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
@@ -207,6 +208,22 @@ def test_missing_shards_are_made_once(tmp_path: Path, caplog: pytest.LogCaptureF
     in_crop = (in_image - batch.box_center[:, :, None]) / batch.box_size[:, :, None, None]
     torch.testing.assert_close(in_crop, batch.joints2d[..., :2], atol=1e-3, rtol=0)
     assert (flatten_frames(batch.masks) == MASK_SUBJECT).any((1, 2)).any()
+
+
+def test_motion_that_is_missing_is_found_before_any_clip_is_made(tmp_path: Path) -> None:
+    config = SynthConfig(clips=1, frames=4)
+    wrong = replace(config, motion=str(tmp_path / "nowhere"))
+    module = ClipDataModule(tmp_path / "train", tmp_path / "val", make_train=config, make_val=wrong, workers=0)
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        module.prepare_data()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_clips_is_named_with_the_key_that_chooses_it(data: Path) -> None:
+    config = SynthConfig(clips=1, frames=4)
+    module = ClipDataModule(data / "train", data / "val", make_val=config, workers=0)
+    with pytest.raises(ShardError, match=r"another job .*\(--data_dir, or data\.init_args\.val, says which\)"):
+        module.prepare_data()
 
 
 # ---- several ranks ------------------------------------------------------------------------------------------------

@@ -169,6 +169,7 @@ def told(tmp_path, monkeypatch, capsys):
         (["--data.init_args.batch_size=0"], "error: batch_size must be at least 1, got 0\n"),
         (["--trainer.callbacks.init_args.samples=2", "--trainer.callbacks=callbacks.pictures.Picture"], "'Picture'"),
         (["--ckpt_path=last", "--run_dir=nowhere"], "there is no checkpoint at nowhere/checkpoints/last.ckpt"),
+        (["--trainer.val_check_interval=2.5"], "error: You have passed invalid value 2.5 for val_check_interval"),
         (["--run_dir=/proc"], "error: cannot write to run_dir /proc "),
         (["-c", "missing.yaml"], "missing.yaml"),
     ],
@@ -191,6 +192,14 @@ def test_a_run_folder_that_cannot_be_written_is_named(told, tmp_path):
     assert code == 2 and said == (
         "error: cannot write to run_dir file/run (Not a directory); choose another with --run_dir\n"
     )
+
+
+def test_a_run_is_not_overwritten_from_the_checkpoint_of_another(told, tmp_path):
+    for name in ("run/checkpoints/last.ckpt", "other/checkpoints/last.ckpt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    code, said = told("-c", TINY, "--run_dir=run", "--ckpt_path=other/checkpoints/last.ckpt")
+    assert code == 2 and said.startswith("error: run already holds a run (run/checkpoints/last.ckpt): ")
 
 
 def other_body(path: Path) -> Path:
@@ -353,6 +362,16 @@ def test_the_table_is_of_the_best_checkpoint_and_under_its_protocol(tiny_shards,
     assert f"{min(mpjpe):.2f}" in shown and f"{mpjpe[-1]:.2f}" not in shown
 
 
+def test_the_table_says_when_its_metrics_are_of_an_earlier_step(tiny_shards, tmp_path, monkeypatch, capsys):
+    """An epoch has 3 steps; the only checkpoint is of step 4."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.limit_val_batches=1", "--trainer.max_steps=4"]
+    results = fit(["-c", TINY, *arguments, "-c", every_step(tmp_path), "--run_dir=run"])
+    assert json.loads((tmp_path / "run/done.json").read_text())["validated_step"] == 3
+    print_results(results)
+    assert "fit: finished; last.ckpt, last validated at step 3" in " ".join(capsys.readouterr().out.split())
+
+
 def run_every_step(folder: Path, shards: Path, run_dir: str, *more: str) -> subprocess.CompletedProcess:
     """4 epochs of 3 steps, with a checkpoint after every step."""
     arguments = [*TINY_NET, *QUICK, *tiny_data(shards), "--trainer.max_epochs=4", "--trainer.limit_val_batches=1"]
@@ -408,6 +427,7 @@ def test_a_killed_run_that_goes_on_has_one_best_checkpoint(tiny_shards, tmp_path
     arguments = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=3", "--run_dir=run"]
     assert run_fit("-c", TINY, "-c", str(often), "-c", kill, *arguments, cwd=tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "run/checkpoints/best.ckpt").exists()
+    (tmp_path / "run/checkpoints/.last.ckpt.123.tmp").touch()  # killed while it was writing
     resumed = run_fit("-c", TINY, "-c", str(often), *arguments, "--ckpt_path=last", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())

@@ -122,6 +122,7 @@ def test_finished_stages_are_skipped_and_one_can_be_run_alone(recipe):
         UsageError, match=r"first holds a finished run of another config \(motion: 'everyone' -> 'mine'\)"
     ):
         recipe("--first.motion=mine")
+    assert recipe("--data.init_args.workers=0", "--trainer.logger=false", "--first.trainer.log_every_n_steps=1") == []
 
 
 def test_a_later_recipe_file_changes_single_keys(recipe):
