@@ -33,6 +33,7 @@ from tqdm import tqdm
 from fasthmr.body import load_body, require_same_body
 from fasthmr.calibration import CalibrationSet, People, PlanErrors, RememberedErrors
 from fasthmr.checkpoint import load_encoder, read_header, save_encoder
+from fasthmr.checkpoint_files import SHIPPED, located
 from fasthmr.cli import HelpFormatter
 from fasthmr.cost import encoder_cost, frames_per_second
 from fasthmr.files import write_text
@@ -99,8 +100,8 @@ def merge(options: Namespace) -> dict[str, Any]:
         ValueError: bad input; nothing was written.
         OSError: a file cannot be read or written.
     """
-    path = Path(options.checkpoint)
-    out = Path(options.out) if options.out is not None else path.with_name(f"{path.stem}-merged")
+    path = located(options.checkpoint)
+    out = Path(options.out) if options.out is not None else _default_out(options.checkpoint, path)
     _check(options, path, out)
     device = _device(options.device)
     rank, world_size = _process(device)
@@ -346,6 +347,12 @@ def _print(report: dict[str, Any], out: Path) -> None:
         f"{rate}{without:.2f} evaluations/s with none kept"
     )
     print(f"written: {out}.ckpt {out}.json {out}.png")
+
+
+def _default_out(given: str, path: Path) -> Path:
+    """Name of the result where none is given: beside the checkpoint; of shipped weights in the current folder."""
+    name = f"{path.stem}-merged"
+    return Path(name) if given.startswith(SHIPPED) else path.with_name(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
