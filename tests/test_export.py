@@ -11,6 +11,7 @@ from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import CheckpointError, load_encoder, read_header, save_encoder
 from fasthmr.checkpoint_files import located
 from fasthmr.export import main
+from fasthmr.merge import main as merge
 from fasthmr.merging import LayerMergePlan
 from fasthmr.models.hmr import HMR
 
@@ -96,3 +97,12 @@ def test_the_shipped_encoder_is_the_tiny_one_of_the_free_body():
 def test_weights_that_are_not_shipped_are_named():
     with pytest.raises(FileNotFoundError, match="no weights 'encoder_huge' are shipped; there are: encoder_tiny"):
         load_encoder("shipped:encoder_huge")
+
+
+def test_shipped_weights_are_merged_into_the_current_folder(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text(LayerMergePlan(12).merged(3, 4).as_json())
+    few = ["--max_clips=1", "--frames_per_clip=2", "--batch=1", "--plan=plan.json"]
+    assert merge(["shipped:encoder_tiny", f"--data={tiny_shards}", *few]) == 0
+    assert len(load_encoder(tmp_path / "encoder_tiny-merged.ckpt").backbone.blocks) == 11
+    assert not list(located("shipped:encoder_tiny").parent.glob("*merged*"))
