@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: help install fit test test-body check bench clean
+.PHONY: help install fit test test-slurm test-body check bench clean
 
 help:
 	@echo "make fit      set up, make the synthetic clips and train the first model (about 12 minutes on 2 cores)"
 	@echo "make test     set up and run the tests (about 10 minutes on 2 cores)"
+	@echo "make test-slurm  as root on Debian: install SLURM and shellcheck, run slurm/ on two nodes (about 3 minutes)"
 	@echo "make test-body  install Anny (0.5 GB) and check that it still makes the free body, byte by byte"
 	@echo "make check    ruff, mypy and the layering contract"
 	@echo "make bench    frames/s of renderer, loader and model on this machine"
@@ -36,7 +37,15 @@ fit: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "[test] running the tests (about 10 minutes on 2 cores)"
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slurm" $(ARGS)
+
+# The daemons are started by the tests, with a configuration of their own, and not by the packages.
+test-slurm: $(INSTALLED)
+	@echo "[test-slurm] a SLURM of two nodes on this machine; without root, or where it cannot be installed, tests are skipped"
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! { command -v slurmctld && command -v shellcheck; } > /dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends \
+			slurmctld slurmd slurm-client munge shellcheck > /dev/null || echo "[test-slurm] it cannot be installed here"; fi
+	$(BIN)/python -m pytest -m slurm -rs --durations=0 tests/test_slurm.py $(ARGS)
 
 test-body: $(INSTALLED)
 	@echo "[test-body] installing Anny, then making the free body anew (about 3 minutes)"

@@ -12,6 +12,11 @@ import torch
 class Throughput(L.Callback):
     """Logs `throughput/clips_per_s`, `throughput/frames_per_s` (over all ranks) and `throughput/data_wait_share`.
 
+    With several processes, `data_wait_share` is the first one's. Beside it are the least and the most of all
+    (`processes/data_wait_share_least`, `..._most`), the same of the seconds of a step without waiting for data
+    (`processes/step_s_least`, `..._most`), and which process waits most (`processes/waits_most`): steps wait for the
+    slowest.
+
     Samples are counted from the batches, and the device is synchronised only when a window ends, so that measuring
     does not slow down what is measured. Windows begin anew after each validation, so that their ends fall on any step:
     values go straight to the loggers, as `self.log` drops those of steps that are no multiple of `log_every_n_steps`.
@@ -55,10 +60,24 @@ class Throughput(L.Callback):
                 "throughput/frames_per_s": self._frames * trainer.world_size / seconds,
                 "throughput/data_wait_share": self._waited / seconds,
             }
+            if trainer.world_size > 1:
+                values |= self._spread(trainer, pl_module.device, seconds)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
             self._restart()
         self._batch_end = time.perf_counter()
+
+    def _spread(self, trainer: L.Trainer, device: torch.device, seconds: float) -> dict[str, float]:
+        """How processes differ; all end their windows at the same batches."""
+        ours = torch.tensor([self._waited / seconds, (seconds - self._waited) / self._batches], device=device)
+        wait, step = trainer.strategy.all_gather(ours).T.tolist()
+        return {
+            "processes/data_wait_share_least": min(wait),
+            "processes/data_wait_share_most": max(wait),
+            "processes/waits_most": float(wait.index(max(wait))),
+            "processes/step_s_least": min(step),
+            "processes/step_s_most": max(step),
+        }
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # A window that spans a validation would count it as training time.

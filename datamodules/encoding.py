@@ -129,6 +129,6 @@ class FrameEncoder:
             for chunk in chunks:
                 chunk = chunk.to(device)
                 mask = person_mask(chunk, self.mask_people, required)
-                output = self.hmr(chunk.network_input(), person_mask=mask)
+                output = self.hmr(chunk.network_input(), mask, chunk.box_info())
                 outputs.append(EncodedFrames(output.feature, output.rotations, output.betas, output.camera))
         return EncodedFrames(*map(torch.cat, zip(*outputs, strict=True)))

@@ -9,6 +9,9 @@ with random weights as it is, with layers merged, and with tokens merged besides
     python -m fasthmr.benchmark encoder                                 HMR2.0's size (needs 14 GB of memory)
     python -m fasthmr.benchmark encoder best.ckpt best-merged.ckpt --batch 1 8 64
     python -m fasthmr.benchmark encoder --compile                       the same by torch.compile, which takes minutes
+
+The third, `python -m fasthmr.benchmark load`, loads a checkpoint of HMR2.0's format with random weights (2.7 GB on
+disk, twice), as it is and as ours, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -28,16 +32,19 @@ from rich.table import Table
 
 from datamodules.clips import ClipDataModule
 from fasthmr.body import load_body
-from fasthmr.checkpoint import load_encoder
+from fasthmr.checkpoint import encoder_header, load_encoder
 from fasthmr.cost import encoder_cost, frames_per_second, merging_share
 from fasthmr.data.batch import ClipBatch
 from fasthmr.data.shards import write_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
+from fasthmr.foreign import load_hmr
 from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.merging import LayerMergePlan, TokenMerging
+from fasthmr.models.adapters import foreign_names
 from fasthmr.models.hmr import HMR, HMRConfig
-from fasthmr.report import readable
+from fasthmr.report import readable, short_names
+from fasthmr.safetensors_io import write_safetensors
 
 SIZES = {"hmr2": HMRConfig.hmr2(), "tiny": HMRConfig.tiny()}
 
@@ -161,14 +168,61 @@ def cost_of_encoders(
             print(f"{name}: of the first layer's time, choosing and merging tokens takes {', '.join(shares)}")
 
 
-def short_names(paths: list[str]) -> list[str]:
-    """A name for each path, all different: its last parts, as few as tell it from the others."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
+def loading_of_checkpoints(size: str, folder: str | None) -> None:
+    """Print how long loading takes, and the memory of its process at most, over the memory of the weights.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    config = SIZES[size]
+    with tempfile.TemporaryDirectory(dir=folder) as written:
+        theirs, ours = Path(written) / "theirs.ckpt", Path(written) / "ours.safetensors"
+        in_own_process(write_both_formats, config, theirs, ours)
+        weights = ours.stat().st_size
+        table = Table(title=f"{size}, {weights / 1e9:.2f} GB of weights, {torch.get_num_threads()} threads")
+        for name in ("what", "seconds", "peak memory, GB", "over the weights"):
+            table.add_column(name)
+        for name, work, arguments in (
+            ("nothing, but torch and us imported", in_no_time, ()),
+            ("HMR2.0's checkpoint", load_hmr, (theirs, "hmr2", config.vit_heads)),
+            ("ours, safetensors", load_encoder, (ours,)),
+        ):
+            seconds, peak = in_own_process(work, *arguments)
+            table.add_row(name, f"{seconds:.1f}", f"{peak / 1e9:.2f}", f"{peak / weights:.2f} x")
+        Console().print(table)
+
+
+def write_both_formats(config: HMRConfig, theirs: Path, ours: Path) -> None:
+    """An encoder with random weights as a Lightning checkpoint of HMR2.0's, and as one of ours."""
+    with torch.device("meta"):
+        hmr = HMR(config)
+    weights = {name: torch.rand(tensor.shape) for name, tensor in hmr.state_dict().items()}
+    names = foreign_names(weights)
+    torch.save({"epoch": 35, "global_step": 10**6, "state_dict": {names[n]: t for n, t in weights.items()}}, theirs)
+    write_safetensors(ours, encoder_header(config, load_body().id, hmr.merge_plan, weights_prefix=""), weights)
+
+
+def in_no_time() -> None:
+    """What a process costs that does nothing."""
+
+
+def in_own_process(work: Callable[..., object], *arguments: object) -> tuple[float, int]:
+    """Seconds that a call takes in a new process, and that process' memory at most, bytes."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (work, arguments))
+
+
+def _measured(work: Callable[..., object], arguments: tuple[object, ...]) -> tuple[float, int]:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start, peak_memory()
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has had at most, mapped files included (Linux)."""
+    # Not `resource.getrusage`: what it says of a new process starts with its parent's.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def three_versions(config: HMRConfig, merged: int) -> dict[str, HMR]:
@@ -198,9 +252,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     encoder.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="frames at a time")
     encoder.add_argument("--rounds", type=int, default=5, help="measurements of each")
     encoder.add_argument("--compile", action="store_true", help="by torch.compile; needs a C++ compiler or a GPU")
+    load = commands.add_parser("load", help="seconds and memory of loading checkpoints")
+    load.add_argument("--size", choices=list(SIZES), default="hmr2")
+    load.add_argument("--folder", default=None, help="where to write them for the time being; else as TMPDIR says")
     options = parser.parse_args(arguments)
     try:
-        if options.what == "encoder":
+        if options.what == "load":
+            loading_of_checkpoints(options.size, options.folder)
+        elif options.what == "encoder":
             cost_of_encoders(
                 options.checkpoints, options.size, options.merged, options.batch, options.rounds, options.compile
             )

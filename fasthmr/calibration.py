@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fasthmr.body import BodyModel
@@ -28,9 +27,9 @@ from fasthmr.merging import LayerMergePlan, MergedTokens, TokenMerging, merge_bl
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.hmr import HMR, middle_columns
 from fasthmr.models.vit import Block
+from fasthmr.ranks import from_all_ranks, from_first_rank, rank
 
 People = Literal["subject", "all"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class PlanErrors:
                 with self._amp():
                     state = self._embed(clip) if start is None else states[start]
                     state = self.hmr.backbone.run(state, blocks, start or 0)
-                    output = self.hmr.read_out(self.hmr.backbone.finish(state))
+                    output = self.hmr.read_out(self.hmr.backbone.finish(state), clip.box_info().to(self.device))
                 self._add(clip, output.rotations, output.betas)
             return float(self.errors.compute()["mpjpe_mm"])
         finally:
@@ -202,7 +201,7 @@ class PlanErrors:
             `depth` tensors (samples, D), float32, on the CPU, the same on every rank; fewer samples from a set that has
             fewer tokens.
         """
-        clips = sum(_from_all_ranks(len(self.calibration.clips)))
+        clips = sum(from_all_ranks(len(self.calibration.clips)))
         per_clip = -(-samples // max(1, clips))
         was_training = self.hmr.training
         self.hmr.eval()
@@ -210,7 +209,7 @@ class PlanErrors:
             here = {clip.keys[0]: self._features_of(clip, per_clip, seed) for clip in self.calibration.clips}
         finally:
             self.hmr.train(was_training)
-        every = dict(itertools.chain.from_iterable(share.items() for share in _from_all_ranks(here)))
+        every = dict(itertools.chain.from_iterable(share.items() for share in from_all_ranks(here)))
         by_key = torch.cat([every[key] for key in sorted(every)], dim=1)
         return list(by_key[:, :samples])
 
@@ -288,33 +287,33 @@ class RememberedErrors:
         self.evaluations, self.seconds = 0, 0.0
         self.remembered: dict[str, float] = {}
         problem = ""
-        if _rank() == 0:
+        if rank() == 0:
             try:
                 self.remembered = _read_errors(file, fingerprint)
             except ValueError as damage:
                 problem = str(damage)
-        problem = _from_first_rank(problem)
+        problem = from_first_rank(problem)
         if problem:
             raise ValueError(problem)
 
     def __call__(self, plan: LayerMergePlan) -> float:
         """Error of a plan, mm, remembered or evaluated now."""
         key = plan.as_json()
-        known = _from_first_rank(self.remembered.get(key))
+        known = from_first_rank(self.remembered.get(key))
         if known is not None:
             return known
         start = time.perf_counter()
         value = self.error(plan)
         self.seconds += time.perf_counter() - start
         self.evaluations += 1
-        if _rank() == 0 and math.isfinite(value):
+        if rank() == 0 and math.isfinite(value):
             self.remembered[key] = value
             write_text(self.file, json.dumps({"fingerprint": self.fingerprint, "errors_mm": self.remembered}, indent=1))
         return value
 
     def forget(self) -> None:
         """Remove the file: the search is done."""
-        if _rank() == 0:
+        if rank() == 0:
             self.file.unlink(missing_ok=True)
 
 
@@ -333,25 +332,3 @@ def _read_errors(file: Path, fingerprint: str) -> dict[str, float]:
             f"{file} remembers a search of other weights, data or settings: remove it, or choose another --out"
         )
     return errors
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _from_first_rank(value: T) -> T:
-    """The first rank's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _from_all_ranks(value: T) -> list[T]:
-    """The values of all ranks in order, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -1,4 +1,4 @@
-"""What an encoder costs: parameters, multiply-adds in two conventions, and frames/s on this machine."""
+"""What encoders and decoders cost: parameters, multiply-adds in two conventions, and frames/s on this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasthmr.conventions import CROP_PX
 from fasthmr.merging import LayerMergePlan, MergedTokens, merge_tokens
-from fasthmr.models.hmr import HMR, HMRConfig, middle_columns
+from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
+from fasthmr.models.hmr import HMR, HMRConfig, HMROutput, middle_columns
+from fasthmr.models.human_fov import FOV_INPUT_PX, HumanFoV
 
-#: what thop counts for an element that goes through a LayerNorm
+#: what thop counts for an element that goes through a LayerNorm or a BatchNorm
 _THOP_NORM_MACS = 4
+_COUNTED = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d, nn.Upsample, nn.MultiheadAttention)
+
+_Net = TypeVar("_Net", bound=nn.Module)
+_Output = TypeVar("_Output")
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class EncoderCost:
         tokens: that the head reads, after merging.
         params: all parameters of the network.
         params_thop: as the `thop` package counts: parameters of layers that are called, so without positions.
-        macs_thop: multiply-adds as `thop` counts: linear layers and convolutions, 4 for each element of a LayerNorm,
-            none for attention. This is FastHMR's Tab. 12.
+        macs_thop: multiply-adds as `thop` counts: linear layers and convolutions, 4 for each element of a norm, 1 for
+            each of a map that is enlarged by repetition, none for attention. This is FastHMR's Tab. 12, where CameraHMR
+            includes its network for the intrinsics.
         macs_all: multiply-adds of every matrix product, those of attention and of token merging included.
     """
 
@@ -56,6 +64,53 @@ def encoder_cost(config: HMRConfig, plan: LayerMergePlan | None = None) -> Encod
     Raises:
         ValueError: the plan is for another depth, or leaves too few layers for token merging.
     """
+
+    def build() -> HMR:
+        hmr = HMR(config)
+        hmr.merge_layers(plan if plan is not None else hmr.merge_plan)
+        return hmr
+
+    def run(hmr: HMR) -> HMROutput:
+        mask = torch.zeros(1, CROP_PX, CROP_PX, dtype=torch.bool)
+        return hmr(torch.zeros(1, 3, CROP_PX, CROP_PX), mask, torch.zeros(1, 3))
+
+    hmr, output, counted = _counted(build, run)
+    return EncoderCost(layers=len(hmr.backbone.blocks), tokens=output.tokens.shape[1], **counted)
+
+
+def fov_cost() -> dict[str, int]:
+    """Cost of CameraHMR's network for the intrinsics, for one picture: `params`, `params_thop`, `macs_thop` and
+    `macs_all` as of `EncoderCost`."""
+
+    def run(fov: HumanFoV) -> Tensor:
+        return fov(torch.zeros(1, 3, FOV_INPUT_PX, FOV_INPUT_PX))
+
+    return _counted(HumanFoV, run)[2]
+
+
+def decoder_cost(config: DiffusionDecoderConfig, steps: int = 1) -> dict[str, int]:
+    """Cost of a decoder for one window in so many denoising steps, counts as of `fov_cost`.
+
+    A worked number: with five layers in each transformer, the paper's sizes have 6.79 G multiply-adds (thop) for a
+    window of 243 frames, which is FastHMR's Tab. 12.
+    """
+
+    def run(decoder: DiffusionDecoder) -> Tensor:
+        latents, features = decoder.noise[None], torch.zeros(1, decoder.window, decoder.feature_dim)
+        for _ in range(steps):  # without the scheduler, which multiplies no matrices
+            latents = decoder.denoiser(latents, torch.zeros(1, dtype=torch.long), features)
+        return decoder.prior.decode(latents, decoder.window)
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # in a layer that is one call nothing can be counted
+    try:
+        return _counted(lambda: DiffusionDecoder(config), run)[2]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _counted(build: Callable[[], _Net], run: Callable[[_Net], _Output]) -> tuple[_Net, _Output, dict[str, int]]:
+    """A network, what it returns, and the four counts of that."""
     params_thop = macs_thop = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -63,31 +118,32 @@ def encoder_cost(config: HMRConfig, plan: LayerMergePlan | None = None) -> Encod
         params_thop += sum(p.numel() for p in module.parameters())
         if isinstance(module, nn.Linear):
             macs_thop += output.numel() * module.in_features
+        elif isinstance(module, nn.MultiheadAttention):  # its four linear maps, which are no modules that are called
+            macs_thop += 2 * module.embed_dim * (inputs[0].numel() + inputs[1].numel())
         elif isinstance(module, nn.Conv2d):
             macs_thop += output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.Upsample):
+            macs_thop += output.numel()
+        else:
             macs_thop += _THOP_NORM_MACS * output.numel()
 
     with torch.device("meta"):
-        hmr = HMR(config).eval()
+        network = build().eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        hmr.to_empty(device="cpu")
-        hmr.merge_layers(plan if plan is not None else hmr.merge_plan)
-        for module in hmr.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+        network.to_empty(device="cpu")
+        for module in network.modules():
+            if isinstance(module, _COUNTED):
                 module.register_forward_hook(count)
-        mask = torch.zeros(1, CROP_PX, CROP_PX, dtype=torch.bool)
         # The counter does not know the fused attention of CPUs; spelled out, its products are counted.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-            output = hmr(torch.zeros(1, 3, CROP_PX, CROP_PX), mask)
-        return EncoderCost(
-            layers=len(hmr.backbone.blocks),
-            tokens=output.tokens.shape[1],
-            params=sum(p.numel() for p in hmr.parameters()),
-            params_thop=params_thop,
-            macs_thop=macs_thop,
-            macs_all=flops.get_total_flops() // 2,
-        )
+            output = run(network)
+    counted = {
+        "params": sum(p.numel() for p in network.parameters()),
+        "params_thop": params_thop,
+        "macs_thop": macs_thop,
+        "macs_all": flops.get_total_flops() // 2,
+    }
+    return network, output, counted
 
 
 def interleaved_seconds(systems: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
@@ -123,15 +179,21 @@ def frames_per_second(
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
-    device = next(iter(encoders.values())).smpl_head.init_cam.device
-    images, mask = _someone(batch, device)
-    if bf16:
-        encoders, images = {name: in_bf16(hmr) for name, hmr in encoders.items()}, images.bfloat16()
     if compiled:
         torch.compiler.reset()  # so that no shape of an earlier measurement makes these dynamic
-    calls = {name: _timed(hmr, images, mask, device=device, compiled=compiled) for name, hmr in encoders.items()}
+    calls = {name: encoder_call(hmr, batch, bf16, compiled) for name, hmr in encoders.items()}
     seconds = interleaved_seconds(calls, rounds)
     return {name: batch / value for name, value in seconds.items()}
+
+
+def encoder_call(hmr: HMR, batch: int, bf16: bool = True, compiled: bool = False) -> Callable[[], None]:
+    """A call of an encoder on the device that it is on, to be timed; arguments as of `frames_per_second`."""
+    device = hmr.smpl_head.init_cam.device
+    images, mask = _someone(batch, device)
+    box = torch.tensor([[0.0, 0.0, 0.4]], device=device).expand(batch, -1)
+    if bf16:
+        hmr, images = in_bf16(hmr), images.bfloat16()
+    return timed(hmr, images, mask, box, device=device, compiled=compiled)
 
 
 def merging_share(hmr: HMR, batch: int, rounds: int = 5, compiled: bool = False) -> float:
@@ -155,17 +217,15 @@ def merging_share(hmr: HMR, batch: int, rounds: int = 5, compiled: bool = False)
     keys = tokens.unflatten(-1, (hmr.config.vit_heads, -1)).mean(2)
     sizes = (state.sizes, settings.average, state.slots)
     calls = {
-        "block": _timed(block.forward_merging, state, merged, settings, device=device, compiled=compiled),
-        "merging": _timed(
-            merge_tokens, tokens, keys, state.is_person, merged, *sizes, device=device, compiled=compiled
-        ),
+        "block": timed(block.forward_merging, state, merged, settings, device=device, compiled=compiled),
+        "merging": timed(merge_tokens, tokens, keys, state.is_person, merged, *sizes, device=device, compiled=compiled),
     }
     seconds = interleaved_seconds(calls, rounds)
     return seconds["merging"] / seconds["block"]
 
 
-def _timed(
-    function: Callable[..., object], *arguments: object, device: torch.device, compiled: bool
+def timed(
+    function: Callable[..., object], *arguments: object, device: torch.device, compiled: bool = False
 ) -> Callable[[], None]:
     """A call as it is timed: without gradients, until the device is done."""
     if compiled:

@@ -6,8 +6,11 @@ One stage, in LightningCLI's shape (`model`, `data`, `trainer`, plus `run_dir`, 
 every key can be overridden by a later file or on the command line (`--trainer.max_epochs 2`), lists with `+` are
 appended to (`--trainer.callbacks+ ...`), `${run_dir}` and other keys can be interpolated.
 `--ckpt_path last` goes on from the newest checkpoint of `run_dir`; a run that was killed goes on as if it had not been.
-Keys that change what is trained must be as they were; `fasthmr/resume.py` lists those that may differ. Ctrl-C ends a
-run after the step it is in, with a checkpoint.
+`--ckpt_path auto` does so if there is one, and starts otherwise, as does every job that SLURM starts again. Keys that
+change what is trained must be as they were; `fasthmr/resume.py` lists those that may differ.
+
+Ctrl-C, SIGUSR1 and SIGTERM end a run after the step it is in, with a checkpoint. Exit codes: 0 done, 2 a mistake that
+is named, 75 stopped by a signal (the same command goes on), 130 stopped by Ctrl-C. docs/clusters.md has the rest.
 
 A recipe, which names stages in order, each a one-stage file with some keys overridden: finished stages are skipped, an
 interrupted one goes on. `python -m fasthmr.fit -c RECIPE --help` explains it and lists the recipe's stages.
@@ -15,15 +18,22 @@ interrupted one goes on. `python -m fasthmr.fit -c RECIPE --help` explains it an
 
 from __future__ import annotations
 
+from fasthmr import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before the imports below, which take seconds in which a signal would end the process
+
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import yaml
@@ -34,17 +44,23 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from torch import distributed
 
+from callbacks.batch_size import SayBatchSize
+from callbacks.heartbeat import Heartbeat
 from callbacks.interrupt import SaveOnInterrupt
 from callbacks.progress import RunProgress
+from callbacks.step_numbers import StepNumbers
+from callbacks.summary import Summary
 from callbacks.validated import LastValidation
 from fasthmr.checkpoint_files import read_checkpoint
 from fasthmr.cli import FitParser, HelpFormatter, UsageError, one_line
+from fasthmr.evaluation_stage import EvaluationStage, finished_table
 from fasthmr.files import write_text
 from fasthmr.lit.checkpoint_io import AtomicCheckpointIO
 from fasthmr.losses import NonFiniteLossError
+from fasthmr.processes import Process, environment
 from fasthmr.recipe import (
-    LAST_CHECKPOINT,
     Commands,
     StageResult,
     load_recipe,
@@ -52,7 +68,8 @@ from fasthmr.recipe import (
     run_recipe,
     save_result,
 )
-from fasthmr.resume import CONFIG_FILE, require_resumable
+from fasthmr.resume import AUTO, CONFIG_FILE, LAST_CHECKPOINT, checkpoint_to_resume, require_resumable
+from fasthmr.run_lock import locked
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -99,8 +116,7 @@ class FitCLI(LightningCLI):
                 "formatter_class": HelpFormatter,
             },
             seed_everything_default=0,
-            # Our samplers split the data over ranks themselves, without padding or duplicates.
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults=_trainer_defaults(),
             save_config_callback=SaveResolvedConfig,
             # The modules bring their own optimiser: --optimizer would silently replace it.
             auto_configure_optimizers=False,
@@ -108,13 +124,18 @@ class FitCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         plugins = config.get("plugins") or []
-        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [*plugins, AtomicCheckpointIO(), *environment(self.alone)]
         self._validated = LastValidation()
-        ours: list[L.Callback] = [self._validated, SaveOnInterrupt(Path(self.config.run_dir) / LAST_CHECKPOINT)]
+        stop = SaveOnInterrupt(Path(self.config.run_dir) / LAST_CHECKPOINT)
+        ours: list[L.Callback] = [self._validated, SayBatchSize(), Summary(), stop]
+        given = config["callbacks"] or []
+        given = [StepNumbers(), *(given if isinstance(given, list) else [given])]
+        config["callbacks"] = given
+        if not any(isinstance(callback, Heartbeat) for callback in given):
+            ours.insert(0, Heartbeat())
         # The bar comes first: a run that goes on may begin with a validation.
-        if config["enable_progress_bar"] is not False and not any(
-            isinstance(callback, ProgressBar) for callback in config["callbacks"] or []
-        ):
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             ours.insert(0, RunProgress())
         return super()._instantiate_trainer(config, [*callbacks, *ours])
 
@@ -128,7 +149,8 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--backgrounds", type=str, default="procedural", help="procedural, or a folder of photographs"
         )
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from, or `last`")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from, `last`, or "
+                            "`auto`: the last one if there is one")  # fmt: skip
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
@@ -142,6 +164,13 @@ class FitCLI(LightningCLI):
         text: str = self.parser.dump(self.config, skip_none=False)
         return text
 
+    @property
+    def alone(self) -> bool:
+        """Whether the config asks for one process."""
+        devices = self.config.trainer.devices
+        one = len(devices) == 1 if isinstance(devices, list) else str(devices) == "1"
+        return one and self.config.trainer.num_nodes == 1
+
     def run(self, *, resume: bool) -> StageResult:
         """Train to the end.
 
@@ -153,13 +182,20 @@ class FitCLI(LightningCLI):
             UsageError: `run_dir` holds another run or cannot be written, or there is nothing to resume.
         """
         run_dir = Path(self.config.run_dir)
-        checkpoint = self._checkpoint_to_resume(run_dir, resume)
+        ckpt_path = self.config.ckpt_path
+        checkpoint = checkpoint_to_resume(run_dir, AUTO if resume and ckpt_path is None else ckpt_path)
         if checkpoint is not None:
             require_resumable(checkpoint, yaml.safe_load(self.resolved))
         _require_writable(run_dir)
+        with locked(run_dir) if Process.this().rank == 0 else nullcontext():
+            return self._run(run_dir, checkpoint)
+
+    def _run(self, run_dir: Path, checkpoint: Path | None) -> StageResult:
         if checkpoint is not None:
             _remove_unfinished(run_dir / LAST_CHECKPOINT)
         super().instantiate_classes()
+        if checkpoint is not None:
+            _forget_what_came_after(checkpoint, self.trainer)
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
         except SystemExit as left:
@@ -178,28 +214,19 @@ class FitCLI(LightningCLI):
             validated_step=validated_step,
         )
 
-    def _checkpoint_to_resume(self, run_dir: Path, resume: bool) -> Path | None:
-        last = run_dir / LAST_CHECKPOINT
-        ckpt_path = self.config.ckpt_path
-        if ckpt_path == "last" or (resume and ckpt_path is None and last.exists()):
-            if not last.exists():
-                raise UsageError(f"--ckpt_path last: there is no checkpoint at {last}; start without --ckpt_path")
-            return last
-        if ckpt_path is not None:
-            if not Path(ckpt_path).is_file():
-                raise UsageError(f"--ckpt_path: there is no file {ckpt_path}")
-            if not last.exists() or Path(ckpt_path).resolve().is_relative_to(run_dir.resolve()):
-                return Path(ckpt_path)
-        if last.exists():
-            raise UsageError(
-                f"{run_dir} already holds a run ({last}): add --ckpt_path last to go on with it, "
-                "or choose another folder with --run_dir"
-            )
-        return None
-
 
 #: kinds of stages that a recipe can name; a stage without `command` is a "fit"
-COMMANDS: Commands = {"fit": FitCLI}
+COMMANDS: Commands = {"fit": FitCLI, "evaluate": EvaluationStage}
+
+
+def _trainer_defaults() -> dict[str, Any]:
+    """Defaults of the trainer: as many processes as there are."""
+    process = Process.this()
+    # Our samplers split the data over ranks themselves, without padding or duplicates.
+    defaults: dict[str, Any] = {"use_distributed_sampler": False}
+    if process.size > 1:
+        defaults |= {"devices": process.per_node, "num_nodes": process.nodes}
+    return defaults
 
 
 def _require_writable(run_dir: Path) -> None:
@@ -218,6 +245,16 @@ def _remove_unfinished(checkpoint: Path) -> None:
     """Remove what a killed process left of checkpoints that it was writing (see `fasthmr.files.written_whole`)."""
     for file in checkpoint.parent.glob(".*.ckpt.*.tmp"):
         file.unlink(missing_ok=True)
+
+
+def _forget_what_came_after(checkpoint: Path, trainer: L.Trainer) -> None:
+    """Have TensorBoard drop what a killed run had logged of steps that are done again."""
+    content = read_checkpoint(checkpoint)
+    # Values of step n, which leads from n to n + 1, are logged under n, but for a few that are logged after it.
+    stopped = content.get("callbacks", {}).get(SaveOnInterrupt.STATE_KEY, {}).get("stopped", False)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = content["global_step"] + stopped
 
 
 def _metrics_of(checkpoint: str, last: LastValidation) -> tuple[dict[str, float], int | None]:
@@ -254,6 +291,12 @@ def fit(argv: Sequence[str]) -> dict[str, StageResult]:
     recipe = load_recipe(files.config, rest)
     if recipe is None:
         command = FitCLI(argv)
+        processes = Process.this().size
+        if command.alone and processes > 1:
+            raise UsageError(
+                f"the config asks for one process (trainer.devices: 1, trainer.num_nodes: 1), the job has {processes}: "
+                "take these keys out, or submit a job of one"
+            )
         result = command.run(resume=False)
         save_result(result, command, inputs={})
         return {"fit": result}
@@ -267,7 +310,10 @@ def fit(argv: Sequence[str]) -> dict[str, StageResult]:
 def print_results(results: dict[str, StageResult]) -> None:
     """Print the metrics of every stage and where everything was written."""
     console = Console()
+    compared = {stage: text for stage, result in results.items() if (text := finished_table(result.run_dir))}
     for stage, result in results.items():
+        if stage in compared:
+            continue
         state = "finished earlier" if result.skipped else "finished"
         name = Path(result.checkpoint).name or "no checkpoint"
         if result.protocol:
@@ -285,6 +331,9 @@ def print_results(results: dict[str, StageResult]) -> None:
         print(f"checkpoint   {result.checkpoint}")
         if result.skipped:
             print(f"             (remove {result.run_dir} or use another --name to train again)")
+    for stage, text in compared.items():
+        state = "finished earlier" if results[stage].skipped else "finished"
+        print(f"\n{stage}: {state}; written to {results[stage].run_dir}\n\n{text}")
     print(f"TensorBoard  tensorboard --logdir {os.path.commonpath([r.run_dir for r in results.values()])}")
 
 
@@ -294,6 +343,8 @@ def main() -> int:
     # Our own way of calling it; and the moving average is in evaluation mode on purpose.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+    # Our metrics add up over all processes before they are logged.
+    warnings.filterwarnings("ignore", r".*It is recommended to use `self\.log\('val/")
     # Lightning advertises other products at start-up.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the config says it
@@ -305,13 +356,28 @@ def main() -> int:
             file=sys.stderr,
         )
         return 130
+    except stopping.Stopped as stopped:
+        process = Process.this()
+        if process.rank == 0:
+            print(f"[fit] {stopped}; the same command goes on (one stage: with --ckpt_path auto)", file=sys.stderr)
+        # Lightning ends the first process as soon as one that it started has failed.
+        return 0 if process.started_by == "lightning" else stopping.EXIT_CODE
     except (UsageError, NonFiniteLossError, MisconfigurationException, ValueError, OSError) as error:
         if os.environ.get("FASTHMR_TRACEBACK"):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        rank = f" in process {Process.this().rank}" if distributed.is_initialized() else ""
+        print(f"error{rank}: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End this process; loader processes that an error has left are ended first, as they do not hear SIGTERM."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,7 +7,7 @@
 ECLM (FastHMR, Alg. 1) walks from the last layer to the first and merges neighbours as long as the MPJPE on
 calibration frames grows by less than `tau` mm. It writes OUT.ckpt (the merged encoder), OUT.json and OUT.png (what was
 tried, errors, similarity of layers, cost, speed before and after). Interrupted, the same command goes on, with as many
-processes as you like: what was evaluated is in OUT.search.json. With torchrun, processes share the clips.
+processes as you like: what was evaluated is in OUT.search.json. With torchrun or srun, processes share the clips.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +39,7 @@ from fasthmr.merging import LayerMergePlan, SearchStep, TokenMerging, search_lay
 from fasthmr.merging.similarity import linear_cka
 from fasthmr.metrics import PROTOCOLS
 from fasthmr.models.hmr import HMR
+from fasthmr.ranks import chosen_device, join
 from fasthmr.report import cost_rows, draw_merge_report
 
 #: what is written, OUT and these
@@ -103,8 +102,8 @@ def merge(options: Namespace) -> dict[str, Any]:
     path = located(options.checkpoint)
     out = Path(options.out) if options.out is not None else _default_out(options.checkpoint, path)
     _check(options, path, out)
-    device = _device(options.device)
-    rank, world_size = _process(device)
+    device = chosen_device(options.device)
+    rank, world_size = join(device)
     header = read_header(path)
     body = load_body(options.body)
     require_same_body(body.id, header.body, where=str(path))
@@ -199,28 +198,6 @@ def _check(options: Namespace, checkpoint: Path, out: Path) -> None:
 
 def _beside(out: Path, ending: str) -> Path:
     return out.with_name(out.name + ending)
-
-
-def _device(name: str | None) -> torch.device:
-    """The device to work on; of several processes on GPUs, each has its own."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-    if number >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: GPU {number} is not there, torch finds {torch.cuda.device_count()}: use --device cpu "
-            "or fewer processes"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
 
 
 def _token_merging(hmr: HMR, options: Namespace) -> TokenMerging | None:
@@ -323,13 +300,6 @@ def _fingerprint(checkpoint: Path, frames: CalibrationSet, options: Namespace, d
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _process(device: torch.device) -> tuple[int, int]:
-    """(rank, world size), joining the others if torchrun started several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _print(report: dict[str, Any], out: Path) -> None:

@@ -22,10 +22,12 @@ from fasthmr.body import BodyModel, load_body, require_same_body
 from fasthmr.checkpoint import encoder_id, load_pipeline_parts, require_same_encoder
 from fasthmr.conventions import CROP_PX, MASK_BACKGROUND, MASK_SUBJECT, NUM_BETAS, NUM_JOINTS
 from fasthmr.data.crops import CROP_SCALE, cut_image, cut_mask, normalised
+from fasthmr.data.letterbox import letterboxed
 from fasthmr.geometry.boxes import crop_affine
-from fasthmr.geometry.cameras import full_image_translation
+from fasthmr.geometry.cameras import box_info, focal_of_fov, full_image_translation
 from fasthmr.models.diffusion_decoder import DiffusionDecoder
 from fasthmr.models.hmr import HMR
+from fasthmr.models.human_fov import HumanFoV
 from fasthmr.sequence import Decoder, SequenceConfig, fill_linear, fill_rotations, refine
 from fasthmr.video.person import SquareBox, person_frames
 
@@ -139,10 +141,9 @@ class Pipeline:
     def __init__(
         self, hmr: HMR, decoder: Decoder | None, body: BodyModel, config: PipelineConfig | None = None
     ) -> None:
-        if decoder is not None and decoder.feature_dim != hmr.config.head_dim:
-            raise ValueError(
-                f"the decoder takes features of width {decoder.feature_dim}, the encoder gives {hmr.config.head_dim}"
-            )
+        width = decoder.encoder_dim if isinstance(decoder, DiffusionDecoder) else decoder and decoder.feature_dim
+        if decoder is not None and width != hmr.config.head_dim:
+            raise ValueError(f"the decoder takes features of width {width}, the encoder gives {hmr.config.head_dim}")
         if isinstance(decoder, DiffusionDecoder):
             require_same_encoder(encoder_id(hmr), decoder.encoder, where="the decoder")
         self.hmr, self.decoder, self.body = hmr.eval(), decoder, body
@@ -176,7 +177,8 @@ class Pipeline:
             fps: frames a second; only noted.
             intrinsics: (3, 3) of the full image, px, without skew; None: a pinhole at the image's centre with the
                 image's diagonal as focal length (a field of view of 53 degrees along it). A wrong focal length moves
-                the body along the line of sight, and hardly changes where it is seen.
+                the body along the line of sight, and hardly changes where it is seen. CameraHMR's pose depends on it:
+                `estimate_intrinsics` is better than None there.
 
         Raises:
             ValueError: input that cannot be; says what, and in which frame.
@@ -184,7 +186,7 @@ class Pipeline:
         if not 0 < fps < math.inf:
             raise ValueError(f"fps must be positive, got {fps}")
         lens = None if intrinsics is None else _checked_intrinsics(intrinsics)
-        seen = self.encode(frames, person_masks, boxes, subject)
+        seen = self.encode(frames, person_masks, boxes, subject, lens)
         if lens is None:
             lens = default_intrinsics(seen.image_size)
         return self.estimate(seen, lens, fps)
@@ -196,6 +198,7 @@ class Pipeline:
         person_masks: Iterable[np.ndarray],
         boxes: ArrayLike | None = None,
         subject: int = MASK_SUBJECT,
+        intrinsics: Tensor | None = None,
     ) -> EncodedSequence:
         """The encoder's output for every frame that shows the person.
 
@@ -206,6 +209,7 @@ class Pipeline:
             boxes: (T, 4) the person's tight box x0, y0, x1, y1, px; NaN where there is none. None: the tight box of
                 each mask, smoothed over time.
             subject: the person's label in masks of labels; other labels are other people.
+            intrinsics: (3, 3) of the full image, px, which CameraHMR is told; None: as for a call.
 
         Raises:
             ValueError: frames, masks or boxes of different numbers, sizes or types, no frame that shows the person, or
@@ -224,10 +228,10 @@ class Pipeline:
                 places.append(seen.box)
                 crops.append(_cut(seen.image, seen.mask, seen.box))
             if len(crops) == self.config.batch:
-                rows.append(self._encode_crops(crops))
+                rows.append(self._encode_crops(crops, _box_info(places[-len(crops) :], size, intrinsics)))
                 crops = []
         if crops:
-            rows.append(self._encode_crops(crops))
+            rows.append(self._encode_crops(crops, _box_info(places[-len(crops) :], size, intrinsics)))
         if not rows:
             if not valid:
                 raise ValueError("there are no frames")
@@ -281,15 +285,17 @@ class Pipeline:
         features, rotations, betas, valid = (t.to(self.device) for t in (features, rotations, betas, valid))
         if self.decoder is None:
             return fill_rotations(rotations, valid)
+        if isinstance(self.decoder, DiffusionDecoder):
+            features = self.decoder.conditions(features, rotations, betas, self.body)
         return refine(self.decoder, self.body, features, betas, valid, self.config.sequence)
 
-    def _encode_crops(self, crops: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+    def _encode_crops(self, crops: list[tuple[np.ndarray, np.ndarray]], where: Tensor) -> Tensor:
         """(N, D + 216 + 10 + 3): feature, rotations, betas and camera of each crop, on the CPU."""
         images = torch.from_numpy(np.stack([image for image, _ in crops])).to(self.device)
         labels = torch.from_numpy(np.stack([mask for _, mask in crops])).to(self.device)
         person = labels == MASK_SUBJECT if self.config.mask_people == "subject" else labels != MASK_BACKGROUND
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.hmr(normalised(images), person_mask=person)
+            output = self.hmr(normalised(images), person_mask=person, box_info=where.to(self.device))
         parts = (output.feature, output.rotations.flatten(1), output.betas, output.camera)
         rows = torch.cat([part.float() for part in parts], dim=1).cpu()
         if not rows.isfinite().all():
@@ -301,7 +307,7 @@ def load_pipeline(path: str | Path, body: str | BodyModel = "free", config: Pipe
     """The pipeline of a checkpoint, on the CPU: of a pipeline's file, or of an encoder's checkpoint without a decoder.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint, or `ENCODER+DECODER`.
         body: that it was trained with: "free", the path of a body file, or the body itself.
         config: how it runs.
 
@@ -320,6 +326,38 @@ def default_intrinsics(image_size: ArrayLike) -> Tensor:
     width, height = (float(v) for v in np.asarray(image_size))
     focal_px = math.hypot(width, height)
     return torch.tensor([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]])
+
+
+@torch.no_grad()
+def estimate_intrinsics(fov: HumanFoV, frames: Iterable[np.ndarray]) -> Tensor:
+    """(3, 3) of a pinhole at the centre of a video's frames, px, with the field of view that HumanFoV sees in them.
+
+    Args:
+        fov: the network, in evaluation mode.
+        frames: some of the video's, (H, W, 3) uint8 RGB of one size; the median over them counts, since a video has
+            one lens, and people who come and go should not zoom it.
+
+    Raises:
+        ValueError: no frames, or frames of several sizes.
+    """
+    device = fov.fc3.weight.device
+    angles, sizes = [], set()
+    for frame in frames:
+        picture = torch.from_numpy(letterboxed(frame)).permute(2, 0, 1)[None].to(device)
+        angles.append(fov(normalised(picture)).cpu())
+        sizes.add(frame.shape[1::-1])
+    if len(sizes) != 1:
+        raise ValueError(f"intrinsics are estimated from frames of one size, got {sorted(sizes) or 'no frames'}")
+    ((width, height),) = sizes
+    focal_px = float(focal_of_fov(torch.cat(angles).median(), height))
+    return torch.tensor([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]])
+
+
+def _box_info(boxes: list[SquareBox], image_size: tuple[int, int], intrinsics: Tensor | None) -> Tensor:
+    """What CameraHMR is told about the crops around some boxes: (N, 3)."""
+    lens = default_intrinsics(image_size) if intrinsics is None else intrinsics
+    size = torch.tensor(image_size, dtype=torch.float32)
+    return box_info(*_network_box(torch.tensor(boxes)), size, float(lens[0, 0]))
 
 
 def _cut(image: np.ndarray, labels: np.ndarray, box: SquareBox) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ VIDEO is a video file or a folder of pictures. MASKS say where the person is: a 
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import zipfile
@@ -23,14 +24,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from fasthmr.body import BodyModel
+from fasthmr.checkpoint import load_human_fov
 from fasthmr.cli import HelpFormatter
 from fasthmr.conventions import MASK_SUBJECT
 from fasthmr.files import written_whole
 from fasthmr.motion_file import save_motion
-from fasthmr.pipeline import MotionEstimate, PipelineConfig, load_pipeline
+from fasthmr.pipeline import MotionEstimate, PipelineConfig, estimate_intrinsics, load_pipeline
 from fasthmr.render.glb import mesh_glb
 from fasthmr.render.overlay import overlay_mesh
 from fasthmr.render.raster import project_points
@@ -41,6 +44,8 @@ from fasthmr.video.writing import written_video
 #: weights that come with this package
 _CHECKPOINT = "shipped:encoder_tiny"
 _DEFAULT_FPS = 30.0
+#: frames, about, in which the focal length is looked for
+_LENS_FRAMES = 16
 _COLOR = (0.55, 0.75, 0.95)
 _INTERPOLATED_COLOR = (0.95, 0.65, 0.35)
 #: frames whose meshes are made at a time
@@ -56,9 +61,17 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--boxes", type=str | None, default=None, help="JSON list or npz `boxes` of x0, y0, x1, y1; else from the masks"
     )
-    parser.add_argument("--checkpoint", type=str, default=_CHECKPOINT, help="of a pipeline, or of an encoder alone")
+    parser.add_argument(
+        "--checkpoint",
+        type=str,
+        default=_CHECKPOINT,
+        help="of a pipeline, of an encoder alone, or ENCODER+DECODER",
+    )
     parser.add_argument("--fps", type=float | None, default=None, help="frames a second; else the video's, or 30")
     parser.add_argument("--focal_px", type=float | None, default=None, help="focal length; else the image's diagonal")
+    parser.add_argument(
+        "--human_fov", type=str | None, default=None, help="CameraHMR's network that sees the focal length in the video"
+    )
     parser.add_argument("--body", type=str, default="free", help="`free`, or a body file in SMPL's format")
     parser.add_argument("--glb_frame", type=int, default=0, help="which frame's mesh to write")
     parser.add_argument("--precision", type=str, default="bf16", help="of the encoder: bf16 or 32")
@@ -78,6 +91,8 @@ def predict(options: Namespace) -> MotionEstimate:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name} must be positive, got {value}")
+    if options.focal_px is not None and options.human_fov is not None:
+        raise ValueError("--focal_px and --human_fov both say what the focal length is: give one")
     if options.glb_frame < 0:
         raise ValueError(f"--glb_frame must be 0 or more, got {options.glb_frame}")
     config = PipelineConfig(precision=options.precision)
@@ -85,6 +100,7 @@ def predict(options: Namespace) -> MotionEstimate:
     boxes = None if options.boxes is None else read_boxes(Path(options.boxes))
     pipeline = load_pipeline(options.checkpoint, options.body, config)
     pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    intrinsics = _intrinsics(options, frames, pipeline.device)
     masks: Iterable[np.ndarray]
     if options.masks == "background":
         background = StaticBackground.learn(_watched(frames, "learning the background", frames.expected))
@@ -97,7 +113,7 @@ def predict(options: Namespace) -> MotionEstimate:
         masks,
         boxes,
         fps=options.fps or frames.fps or _DEFAULT_FPS,
-        intrinsics=None if options.focal_px is None else _pinhole(frames, options.focal_px),
+        intrinsics=intrinsics,
         subject=MASK_SUBJECT if options.subject is None else options.subject,
     )
     if options.glb_frame >= len(motion):
@@ -166,9 +182,17 @@ def _vertices(motion: MotionEstimate, body: BodyModel, frames: slice) -> np.ndar
     return posed.vertices.cpu().numpy()
 
 
-def _pinhole(frames: Frames, focal_px: float) -> np.ndarray:
+def _intrinsics(options: Namespace, frames: Frames, device: torch.device) -> ArrayLike | None:
+    """(3, 3) px, given or seen in frames all over the video; None: there is no saying."""
+    if options.human_fov is not None:
+        every = max(1, (frames.expected or 1) // _LENS_FRAMES)
+        return estimate_intrinsics(
+            load_human_fov(options.human_fov).to(device), itertools.islice(frames, 0, None, every)
+        )
+    if options.focal_px is None:
+        return None
     height, width = next(iter(frames)).shape[:2]
-    return np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]])
+    return np.array([[options.focal_px, 0, width / 2], [0, options.focal_px, height / 2], [0, 0, 1]])
 
 
 def _watched(frames: Iterable[np.ndarray], what: str, total: int | None) -> Iterable[np.ndarray]:

@@ -18,6 +18,9 @@ The command line wins over the recipe, and in each of them a stage's own key ove
 
 A finished stage is skipped, an interrupted one goes on where it was, `--stage small` runs one. A stage remembers what
 was in the checkpoints that it was given: once one of them has changed, it is neither skipped nor resumed, but named.
+
+Stages may differ in how many processes they train on. Where the processes are there before (srun, torchrun), a stage
+runs on all of them or, with `trainer: {devices: 1, num_nodes: 1}`, on the first, for which the others wait.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import json
 import logging
 import re
 import textwrap
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +42,17 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from fasthmr import stopping
 from fasthmr.checkpoint import HEADER_KEY, read_checkpoint
 from fasthmr.cli import UsageError, flatten
 from fasthmr.files import write_text
-from fasthmr.resume import ONLY_WATCH, matches
+from fasthmr.processes import Process, stage_of_its_own
+from fasthmr.resume import LAST_CHECKPOINT, ONLY_WATCH, matches
 
 log = logging.getLogger(__name__)
 
 DONE_FILE = "done.json"  # written when a stage has finished: its metrics, and the config and checkpoints that gave them
 INPUTS_FILE = "inputs.json"  # written when a stage starts: the checkpoints of earlier stages that it is given
-LAST_CHECKPOINT = "checkpoints/last.ckpt"  # what an interrupted run goes on from
 REFERENCE = "stage:"
 
 #: keys of a stage that the recipe itself sets, and what to do instead
@@ -59,6 +64,8 @@ _OWN_KEYS = {
 _STAGE_KEYS = ("config", "command")
 #: would read like a key of every stage
 _NO_STAGE_NAMES = ("all", "model", "data", "trainer")
+#: seconds between two looks at whether another process has finished a stage, and between two lines about it
+_LOOK_S, _TELL_S = 1.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,10 @@ class Command(Protocol):
     @property
     def resolved(self) -> str:
         """The config as YAML, all files, overrides and interpolations applied."""
+
+    @property
+    def alone(self) -> bool:
+        """It runs on the first process of a job, whatever others there are."""
 
     def run(self, *, resume: bool) -> StageResult:
         """Run to the end; with `resume`, go on from where an earlier run stopped."""
@@ -353,12 +364,33 @@ def run_recipe(recipe: Recipe, commands: Commands) -> dict[str, StageResult]:
         inputs = _artefacts(recipe, stage, results)
         command = _command(stage, commands, inputs)
         result = _finished(stage.run_dir, command)
-        if result is None:
+        process = Process.this()
+        if result is None and command.alone and process.rank > 0:
+            result = _wait_for_first_process(stage, command)
+        elif result is None:
             _write_json(stage.run_dir / INPUTS_FILE, _as_dict(inputs))
-            result = command.run(resume=True)
+            with stage_of_its_own():
+                result = command.run(resume=True)
+            if process.started_by == "lightning":
+                # Lightning started this process for this stage; for a later one it starts others.
+                raise SystemExit(0)
             save_result(result, command, inputs)
         results[stage.name] = result
+        stopping.leave_if_asked()
     return results
+
+
+def _wait_for_first_process(stage: Stage, command: Command) -> StageResult:
+    """The result of a stage that the first process runs alone; what ends that one ends the whole job."""
+    told = -_TELL_S
+    began = time.monotonic()
+    while (result := _finished(stage.run_dir, command)) is None:
+        waited = time.monotonic() - began
+        if waited - told >= _TELL_S:
+            log.info("stage %s runs on the first process; waiting for it (%.0f min)", stage.name, waited / 60)
+            told = waited
+        time.sleep(_LOOK_S)
+    return result
 
 
 def resolved_configs(recipe: Recipe, commands: Commands) -> str:
@@ -466,7 +498,7 @@ def _stored(run_dir: Path) -> StageResult | None:
 def _finished(run_dir: Path, command: Command) -> StageResult | None:
     """The result of a finished run of the same config in `run_dir`; None when it has not finished.
 
-    Keys that only watch a run, or say how fast it goes, may be others.
+    Keys that only watch a run, or say how fast it goes or on how many processes it went, may be others.
 
     Raises:
         UsageError: it was of another config; names what changed.
@@ -476,7 +508,8 @@ def _finished(run_dir: Path, command: Command) -> StageResult | None:
         return None
     before = flatten(_read_json(run_dir / DONE_FILE)["config"])
     now = flatten(json.loads(json.dumps(yaml.safe_load(command.resolved), default=str)))
-    free = (*_OWN_KEYS, *ONLY_WATCH)
+    # A job of another size goes on with the stages that are left.
+    free = (*_OWN_KEYS, *ONLY_WATCH, "trainer.devices", "trainer.num_nodes")
     changed = [k for k in sorted({*before, *now}) if not matches(k, free) and before.get(k) != now.get(k)]
     if changed:
         shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed[:5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def readable(value: float) -> str:
     7.83, 0.0123."""
     decimals = 2 if value == 0 else max(2, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}"
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path, all different: its last parts, as few as tell it from the others."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
 
 
 def cost_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:

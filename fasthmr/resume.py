@@ -1,18 +1,27 @@
-"""What may be changed when a run goes on from a checkpoint, and the refusal of everything else."""
+"""How a run goes on: from which checkpoint, what may have changed since, and the refusal of everything else."""
 
 from __future__ import annotations
 
 import fnmatch
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fasthmr.checkpoint_files import CheckpointError, read_checkpoint, verify_checksums
 from fasthmr.cli import UsageError, flatten
+
+log = logging.getLogger(__name__)
 
 #: the resolved config, in the folder of its run
 CONFIG_FILE = "config.yaml"
+LAST_CHECKPOINT = "checkpoints/last.ckpt"  # what an interrupted run goes on from
+
+#: values of --ckpt_path that are no paths
+LAST, AUTO = "last", "auto"
 
 #: Keys, or patterns of them, that only watch a run, or say how fast it goes: they change nothing that it ends with.
 ONLY_WATCH = (
@@ -34,7 +43,81 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 #: of `trainer.callbacks` these change what is trained; others only watch and save
-_CALLBACKS_THAT_TRAIN = ("callbacks.progressive.ProgressiveMerging",)
+_CALLBACKS_THAT_TRAIN = ("callbacks.progressive.ProgressiveMerging", "callbacks.batch_size.LearningRateScaling")
+
+
+def checkpoint_to_resume(run_dir: Path, ckpt_path: str | None) -> Path | None:
+    """The checkpoint that a run goes on from; None: it starts anew.
+
+    That of `run_dir` itself wins over one that was given: a job that SLURM starts again has the arguments that it had
+    at first. Checkpoints say themselves of which step they are: clocks are not trusted.
+
+    Args:
+        run_dir: the run's folder.
+        ckpt_path: what the user gave: a path, `last` (there must be one), `auto` (if there is one) or None.
+
+    Raises:
+        UsageError: `run_dir` holds a run that was not asked to go on, there is nothing to go on from, or every
+            checkpoint is damaged.
+    """
+    last = run_dir / LAST_CHECKPOINT
+    if ckpt_path in (LAST, AUTO) or _started_again():
+        if last.exists():
+            return _newest_whole(last)
+        if ckpt_path == LAST and not _started_again():
+            raise UsageError(f"--ckpt_path last: there is no checkpoint at {last}; start without --ckpt_path")
+        if ckpt_path in (LAST, AUTO):
+            return None
+    if ckpt_path is not None:
+        if not Path(ckpt_path).is_file():
+            raise UsageError(f"--ckpt_path: there is no file {ckpt_path}")
+        if not last.exists() or Path(ckpt_path).resolve().is_relative_to(run_dir.resolve()):
+            return Path(ckpt_path)
+    if last.exists():
+        raise UsageError(
+            f"{run_dir} already holds a run ({last}): add --ckpt_path last to go on with it, "
+            "or choose another folder with --run_dir"
+        )
+    return None
+
+
+def _started_again() -> bool:
+    """Whether SLURM has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
+def _newest_whole(last: Path) -> Path:
+    """`last`, or if it is damaged the one of the latest step that is not."""
+    try:
+        _step(last)
+        return last
+    except CheckpointError as error:
+        log.warning("%s; looking for the one before", error)
+    steps: dict[Path, int] = {}
+    for other in sorted(last.parent.glob("*.ckpt")):
+        try:
+            if other != last:
+                steps[other] = _step(other)
+        except CheckpointError as error:
+            log.warning("%s", error)
+    if not steps:
+        raise UsageError(f"{last} is damaged, and no other checkpoint is whole: remove {last.parent} to start anew")
+    newest = max(steps, key=steps.__getitem__)
+    log.warning("going on from %s, of step %d", newest, steps[newest])
+    return newest
+
+
+def _step(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint is of.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    step = read_checkpoint(checkpoint).get("global_step")
+    verify_checksums(checkpoint, weights=True)
+    if not isinstance(step, int):
+        raise CheckpointError(f"{checkpoint} does not say of which step it is")
+    return step
 
 
 def require_resumable(checkpoint: Path, config: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fasthmr.files import written_whole
@@ -17,12 +16,16 @@ from fasthmr.files import written_whole
 SUFFIX = ".safetensors"
 #: the header, as JSON, in the file's metadata; the same name as in a checkpoint
 _HEADER_KEY = "fasthmr"
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_safetensors(
     path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write weights whole or not at all; missing folders are made.
+    """Write weights whole or not at all, tensor by tensor: memory for one of them is enough. Missing folders are made.
 
     Args:
         path: file to write.
@@ -34,34 +37,52 @@ def write_safetensors(
         OSError: it cannot be written; nothing half-written stays.
     """
     path = Path(path)
-    stored = {
-        name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
-        for name, tensor in tensors.items()
-    }
+    layout: dict[str, Any] = {"__metadata__": {_HEADER_KEY: json.dumps(header)}}
+    end = 0
+    for name, tensor in tensors.items():
+        stored = _stored_dtype(tensor, dtype)
+        start, end = end, end + tensor.numel() * stored.itemsize
+        layout[name] = {"dtype": _DTYPE_NAMES[stored], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    described = json.dumps(layout).encode()
+    described += b" " * (-len(described) % 8)  # so that the tensors are aligned
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
-        file.write(save(stored, metadata={_HEADER_KEY: json.dumps(header)}))
+        file.write(len(described).to_bytes(8, "little") + described)
+        for tensor in tensors.values():
+            bare = tensor.detach().cpu().to(_stored_dtype(tensor, dtype)).contiguous().flatten()
+            file.write(bare.view(torch.uint8).numpy().data)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Any]:
     """Header and weights as a checkpoint has them: {"fasthmr": header, "state_dict": name -> tensor}.
 
-    Floating-point tensors come back in float32, whatever they are stored in.
+    Tensors are mapped, not read, and have the type that they are stored in.
 
     Raises:
         ValueError: the file is damaged, or not one of ours.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    metadata, tensors = read_tensors(path)
     try:
         header = json.loads(metadata[_HEADER_KEY])
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{path} has no {_HEADER_KEY!r} header in its metadata: it was not written by fasthmr"
         ) from error
-    weights = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    return {_HEADER_KEY: header, "state_dict": weights}
+    return {_HEADER_KEY: header, "state_dict": tensors}
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of any safetensors file; they are mapped, not read.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _stored_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() else tensor.dtype

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fasthmr.body import BodyModel, decode_pose
+from fasthmr.body.pose import Representation
 from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
 from fasthmr.geometry.slerp import resample_linear, resample_rotations, slerp
 
@@ -41,8 +42,13 @@ class Decoder(Protocol):
         """Width D of a frame's feature."""
         ...
 
+    @property
+    def representation(self) -> Representation:
+        """What the numbers of its poses are."""
+        ...
+
     def __call__(self, features: Tensor, *, steps: int) -> Tensor:
-        """Poses (B, T, 133) of features (B, T, D), T up to the window, in so many denoising steps."""
+        """Poses (B, T, 133 or 144) of features (B, T, D), T up to the window, in so many denoising steps."""
         ...
 
 
@@ -60,6 +66,7 @@ class SequenceConfig:
         max_gap: gaps of at most so many frames are bridged by the decoder.
         steps: denoising steps.
         batch: windows decoded at a time.
+        adaptive_ik: how joints become rotations (`fasthmr.body.ik.from_hybrid`); of no effect on 6D rotations.
 
     Raises:
         ValueError: a value that cannot be; names it.
@@ -69,6 +76,7 @@ class SequenceConfig:
     max_gap: int = 30
     steps: int = 1
     batch: int = 8
+    adaptive_ik: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
@@ -176,12 +184,21 @@ class StreamingDecoder:
             overlap.
         look_ahead: frames of the future that a refined frame has seen at least.
         steps: denoising steps.
+        adaptive_ik: as of `SequenceConfig`.
 
     Raises:
         ValueError: a setting that cannot be, or stride + look_ahead is more than the window.
     """
 
-    def __init__(self, decoder: Decoder, body: BodyModel, stride: int = 8, look_ahead: int = 8, steps: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        body: BodyModel,
+        stride: int = 8,
+        look_ahead: int = 8,
+        steps: int = 1,
+        adaptive_ik: bool = False,
+    ) -> None:
         for name, value, least in (("stride", stride, 1), ("look_ahead", look_ahead, 0), ("steps", steps, 1)):
             _require_whole(name, value, least)
         if stride + look_ahead > decoder.window:
@@ -190,7 +207,7 @@ class StreamingDecoder:
                 f"got {stride} + {look_ahead}"
             )
         self.decoder, self.body = decoder, body
-        self.stride, self.look_ahead, self.steps = stride, look_ahead, steps
+        self.stride, self.look_ahead, self.steps, self.adaptive_ik = stride, look_ahead, steps, adaptive_ik
         self._start_over()
 
     @property
@@ -258,7 +275,7 @@ class StreamingDecoder:
 
     def _return(self, count: int) -> Tensor:
         """The next `count` frames: by the newest window, blended with the one before where that knew them."""
-        decoded = _decode_any(self.decoder, self.body, self._features, self._betas, self.steps)
+        decoded = _decode_any(self.decoder, self.body, self._features, self._betas, self.steps, self.adaptive_ik)
         pending = decoded[len(decoded) - (self._arrived - self._returned) :]
         rotations = pending[:count].clone()
         if shared := min(len(self._known), count):
@@ -272,14 +289,14 @@ def _refine_part(decoder: Decoder, body: BodyModel, features: Tensor, betas: Ten
     """Rotations of a sequence without gaps, of any length."""
     frames, window = len(features), decoder.window
     if frames <= window:
-        return _decode_any(decoder, body, features, betas, config.steps)
+        return _decode_any(decoder, body, features, betas, config.steps, config.adaptive_ik)
     overlap = config.overlap_frames(window)
     starts = window_starts(frames, window, overlap)
     weight = window_weights(window, overlap).to(features)
     rotations, total = features.new_zeros(frames, NUM_JOINTS, 3, 3), features.new_zeros(frames)
     for batch in (starts[i : i + config.batch] for i in range(0, len(starts), config.batch)):
         rows = torch.tensor(batch, device=features.device)[:, None] + torch.arange(window, device=features.device)
-        decoded = _decode(decoder, body, features[rows], betas[rows], config.steps)
+        decoded = _decode(decoder, body, features[rows], betas[rows], config.steps, config.adaptive_ik)
         for start, own in zip(batch, decoded, strict=True):
             where = slice(start, start + window)
             # The running weighted mean by slerp: of two windows it is the point on the turn between them.
@@ -303,15 +320,16 @@ def _ramp(count: int) -> Tensor:
     return (0.5 * math.pi * torch.arange(1, count + 1) / (count + 1)).sin().square()
 
 
-def _decode_any(decoder: Decoder, body: BodyModel, features: Tensor, betas: Tensor, steps: int) -> Tensor:
+def _decode_any(
+    decoder: Decoder, body: BodyModel, features: Tensor, betas: Tensor, steps: int, adaptive_ik: bool
+) -> Tensor:
     """Rotations of a sequence of up to a window's frames, stretched to the window and back if it is shorter."""
     frames, window = len(features), decoder.window
     if frames == window:
-        return _decode(decoder, body, features[None], betas[None], steps)[0]
+        return _decode(decoder, body, features[None], betas[None], steps, adaptive_ik)[0]
     stretched = _evenly(frames, window, features.device)
-    rotations = _decode(
-        decoder, body, resample_linear(features, stretched)[None], resample_linear(betas, stretched)[None], steps
-    )[0]
+    features, betas = (resample_linear(values, stretched)[None] for values in (features, betas))
+    rotations = _decode(decoder, body, features, betas, steps, adaptive_ik)[0]
     return resample_rotations(rotations, _evenly(window, frames, features.device))
 
 
@@ -322,12 +340,14 @@ def _evenly(rows: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device, dtype=torch.float64) * (rows - 1) / (count - 1)
 
 
-def _decode(decoder: Decoder, body: BodyModel, features: Tensor, betas: Tensor, steps: int) -> Tensor:
+def _decode(
+    decoder: Decoder, body: BodyModel, features: Tensor, betas: Tensor, steps: int, adaptive_ik: bool
+) -> Tensor:
     """Rotations (B, F, 24, 3, 3) of windows of features (B, F, D)."""
     poses = decoder(features, steps=steps)
     if not poses.isfinite().all():
         raise ValueError("the decoder gave poses that are not finite: its weights are damaged, or not its encoder's")
-    return decode_pose(poses, betas, body)
+    return decode_pose(poses, betas, body, decoder.representation, adaptive_ik)
 
 
 def _neighbours(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

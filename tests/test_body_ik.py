@@ -8,6 +8,7 @@ import torch
 
 from fasthmr.body import decode_pose, encode_pose
 from fasthmr.body.ik import HybridPose, from_hybrid, to_hybrid
+from fasthmr.body.pose import mirror_pose, pose_dim
 from fasthmr.conventions import NUM_JOINTS, PARENTS29, SWAP24
 from fasthmr.geometry.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from fasthmr.geometry.swing_twist import shortest_swing, split_swing_twist, twist_rotation
@@ -51,16 +52,24 @@ class TestParityWithHybrIK:
         torch.testing.assert_close(regular(rotations), expected, atol=6e-3, rtol=0)
         assert (regular(rotations) - expected).abs().mean() < 2e-5
 
+    def test_adaptive_inverse_kinematics(self, hybrik):
+        pose = HybridPose(hybrik["joints29_rootrel"], hybrik["twist_cos_sin"])
+        rotations = from_hybrid(pose, hybrik["rest29"].expand(16, -1, -1), adaptive=True)
+        assert rotations.isfinite().all()
+        # Pose 13, whose swings are by 170 degrees, as above.
+        torch.testing.assert_close(regular(rotations), regular(hybrik["ik_adaptive_rotmat"]), atol=3e-2, rtol=0)
+        torch.testing.assert_close(rotations[:13], hybrik["ik_adaptive_rotmat"][:13], atol=1e-3, rtol=0)
+
     def test_noisy_joints_are_met_as_well_as_by_hybrik(self, hybrik):
         rest = hybrik["rest29"]
-        noisy = hybrik["noisy_joints29"] - hybrik["noisy_joints29"][:, :1]
-        ours = from_hybrid(HybridPose(noisy, hybrik["twist_cos_sin"]), rest.expand(16, -1, -1))
-        true = hybrik["joints29_rootrel"]
-        error, original = (
-            (forward(rotations, rest) - true).norm(dim=-1).mean(-1)
-            for rotations in (ours, hybrik["ik_naive_noisy_rotmat"])
-        )
-        assert error.mean() < original.mean()
+        noisy = HybridPose(hybrik["noisy_joints29"] - hybrik["noisy_joints29"][:, :1], hybrik["twist_cos_sin"])
+
+        def error_mm(rotations: torch.Tensor) -> float:
+            return 1000 * float((forward(rotations, rest) - hybrik["joints29_rootrel"]).norm(dim=-1).mean())
+
+        naive, adaptive = (error_mm(from_hybrid(noisy, rest.expand(16, -1, -1), how)) for how in (False, True))
+        assert naive < error_mm(hybrik["ik_naive_noisy_rotmat"])
+        assert adaptive < 0.8 * naive and adaptive < error_mm(hybrik["ik_adaptive_noisy_rotmat"])
 
 
 def random_poses(count: int, largest_angle: float) -> torch.Tensor:
@@ -117,13 +126,25 @@ class TestRoundTrip:
         assert numbers.shape == (2, 3, 133)
         torch.testing.assert_close(decode_pose(numbers, betas, free_body), rotations, atol=1e-3, rtol=0)
 
-    def test_under_autocast_nothing_is_rounded(self, free_body):
+    def test_as_rotations_of_6_numbers(self, free_body):
+        rotations, betas = random_poses(6, 3.1).unflatten(0, (2, 3)), torch.randn(2, 3, 10)
+        numbers = encode_pose(rotations, betas, free_body, "rotations_6d")
+        assert numbers.shape == (2, 3, 144) and pose_dim("rotations_6d") == 144 and pose_dim("joints_twists") == 133
+        back = decode_pose(2 * numbers, betas, free_body, "rotations_6d")  # of any length
+        torch.testing.assert_close(back, rotations, atol=1e-5, rtol=0)
+        with pytest.raises(ValueError, match=r"24 rotations of 6 numbers are 144 numbers, got shape \(2, 3, 133\)"):
+            decode_pose(numbers[..., :133], betas, free_body, "rotations_6d")
+        with pytest.raises(ValueError, match="representation must be joints_twists or rotations_6d, got 'euler'"):
+            pose_dim("euler")
+
+    @pytest.mark.parametrize("representation", ["joints_twists", "rotations_6d"])
+    def test_under_autocast_nothing_is_rounded(self, free_body, representation):
         rotations, betas = random_poses(4, 2.0), torch.zeros(4, 10)
         with torch.autocast("cpu", torch.bfloat16):
-            numbers = encode_pose(rotations, betas, free_body)
-            back = decode_pose(numbers, betas, free_body)
-        assert torch.equal(numbers, encode_pose(rotations, betas, free_body))
-        assert torch.equal(back, decode_pose(numbers, betas, free_body))
+            numbers = encode_pose(rotations, betas, free_body, representation)
+            back = decode_pose(numbers, betas, free_body, representation)
+        assert torch.equal(numbers, encode_pose(rotations, betas, free_body, representation))
+        assert torch.equal(back, decode_pose(numbers, betas, free_body, representation))
 
     def test_degenerate_input_stays_finite(self, free_body):
         rest = free_body.rest_joints(torch.zeros(1, 10))
@@ -178,3 +199,6 @@ def test_mirror(free_body):
     expected, ours = to_hybrid(mirrored, rest), to_hybrid(rotations, rest).mirrored()
     torch.testing.assert_close(ours.joints, expected.joints, atol=2e-3, rtol=0)
     torch.testing.assert_close(ours.twists, expected.twists, atol=2e-2, rtol=0)
+    numbers = encode_pose(rotations, betas, free_body, "rotations_6d")
+    back = decode_pose(mirror_pose(numbers, "rotations_6d"), betas, free_body, "rotations_6d")
+    torch.testing.assert_close(back, mirrored, atol=1e-5, rtol=0)

@@ -68,7 +68,7 @@ def test_round_trip(hmr, saved):
 def test_header(saved):
     header = read_header(saved)
     assert (header.format_version, header.config, header.body, header.merge_plan) == (
-        1,
+        2,
         MICRO,
         BODY,
         LayerMergePlan(MICRO.vit_depth),
@@ -182,10 +182,10 @@ class TestRefused:
         with pytest.raises(CheckpointError, match="holds a Tensor, not a dict"):
             read_header(tmp_path / "tensor.pt")
 
-    @pytest.mark.parametrize("version, advice", [(2, "use a newer fasthmr"), (0, "use the fasthmr that wrote it")])
+    @pytest.mark.parametrize("version, advice", [(3, "use a newer fasthmr"), (0, "use the fasthmr that wrote it")])
     def test_another_format_version(self, saved, version, advice):
         edit(saved, lambda content: content["fasthmr"].update(format_version=version))
-        with pytest.raises(CheckpointError, match=f"format {version}, this version of fasthmr reads 1: {advice}"):
+        with pytest.raises(CheckpointError, match=f"format {version}, this version of fasthmr reads 1 to 2: {advice}"):
             load_encoder(saved)
 
     def test_another_kind(self, saved):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from tiny_decoder import ENCODER, PRIOR
 
+from fasthmr.body import BodyMismatchError
 from fasthmr.checkpoint import (
     CheckpointError,
     EncoderMismatchError,
+    decoder_id,
     encoder_id,
     load_decoder,
     load_encoder,
@@ -89,7 +91,7 @@ class TestDecoder:
         before = torch.get_rng_state()
         loaded, header = load_decoder(tmp_path / "d.ckpt")
         assert torch.equal(torch.get_rng_state(), before)  # loading draws no random numbers
-        assert (header.format_version, header.config, header.body) == (1, CONFIG, BODY)
+        assert (header.format_version, header.config, header.body) == (2, CONFIG, BODY)
         assert header.encoder == loaded.encoder == "0123456789abcdef"
         assert same_weights(loaded, decoder) and not loaded.training
         assert not any(p.requires_grad for p in loaded.prior.parameters())
@@ -131,6 +133,42 @@ class TestPipeline:
         save_encoder(tmp_path / "e.ckpt", hmr, BODY)
         encoder, decoder, body = load_pipeline_parts(tmp_path / "e.ckpt")
         assert same_weights(encoder, hmr) and decoder is None and body == BODY
+
+    def test_a_pair_of_checkpoints_is_one(self, hmr, decoder, tmp_path):
+        save_encoder(tmp_path / "e.ckpt", hmr, BODY)
+        save_decoder(tmp_path / "d.ckpt", decoder, BODY, encoder_id(hmr))
+        encoder, loaded, body = load_pipeline_parts(f"{tmp_path}/e.ckpt+{tmp_path}/d.ckpt")
+        assert body == BODY and same_weights(encoder, hmr) and same_weights(loaded, decoder)
+        write_safetensors(tmp_path / "p.safetensors", *network_of(f"{tmp_path}/e.ckpt+{tmp_path}/d.ckpt"))
+        encoder, loaded, body = load_pipeline_parts(tmp_path / "p.safetensors")
+        assert body == BODY and same_weights(encoder, hmr) and same_weights(loaded, decoder)
+        assert loaded.encoder == encoder_id(hmr)
+
+    def test_names_with_a_plus(self, hmr, decoder, tmp_path):
+        save_encoder(tmp_path / "a+b", hmr, BODY)
+        save_decoder(tmp_path / "c+d", decoder, BODY, encoder_id(hmr))
+        assert load_pipeline_parts(tmp_path / "a+b")[1] is None
+        assert same_weights(load_pipeline_parts(f"{tmp_path}/a+b+{tmp_path}/c+d")[1], decoder)
+        with pytest.raises(FileNotFoundError, match="no checkpoint at missing"):
+            load_pipeline_parts(f"missing+{tmp_path}/c+d")
+        with pytest.raises(FileNotFoundError, match=r"no weights 'decoder' are shipped"):
+            load_pipeline_parts("shipped:encoder_tiny+shipped:decoder")
+
+    def test_pairs_that_do_not_belong_together(self, hmr, decoder, tmp_path):
+        save_encoder(tmp_path / "e.ckpt", hmr, BODY)
+        save_decoder(tmp_path / "d.ckpt", decoder, BODY, "0123456789abcdef")
+        save_decoder(tmp_path / "b.ckpt", decoder, "other@0123", encoder_id(hmr))
+        for load in (load_pipeline_parts, network_of):
+            with pytest.raises(EncoderMismatchError, match=r"d\.ckpt belongs to encoder 0123456789abcdef, but"):
+                load(f"{tmp_path}/e.ckpt+{tmp_path}/d.ckpt")
+            with pytest.raises(BodyMismatchError, match=r"b\.ckpt belongs to body 'other@0123'"):
+                load(f"{tmp_path}/e.ckpt+{tmp_path}/b.ckpt")
+
+    def test_a_decoders_id_is_of_its_weights_and_priors(self, decoder):
+        other = copy.deepcopy(decoder)
+        with torch.no_grad():
+            next(other.prior.parameters()).add_(1e-6)
+        assert decoder_id(other) != decoder_id(decoder) == decoder_id(copy.deepcopy(decoder))
 
     def test_merged_layers_and_tokens_come_back(self, hmr, tmp_path):
         merged = copy.deepcopy(hmr)

@@ -9,14 +9,19 @@ import torch
 from fasthmr import benchmark, cost
 from fasthmr.body import load_body
 from fasthmr.checkpoint import save_encoder
-from fasthmr.cost import encoder_cost, frames_per_second, interleaved_seconds, merging_share
+from fasthmr.cost import decoder_cost, encoder_cost, fov_cost, frames_per_second, interleaved_seconds, merging_share
 from fasthmr.merging import LayerMergePlan, TokenMerging
 from fasthmr.merging.similarity import linear_cka
+from fasthmr.models.denoiser import DenoiserConfig
+from fasthmr.models.diffusion_decoder import DiffusionDecoderConfig
 from fasthmr.models.hmr import HMR, HMRConfig
+from fasthmr.models.motion_vae import MotionVAEConfig
 
 FULL = HMRConfig.hmr2()
+CAMERAHMR = HMRConfig.camerahmr()
 SMALL = HMRConfig(vit_dim=32, vit_depth=4, vit_heads=2, head_dim=32, head_depth=1, head_heads=2, head_mlp_dim=32)
 MERGED = LayerMergePlan(32).merged(27, 31)
+MERGED_MORE = LayerMergePlan(32).merged(25, 31)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,37 @@ def test_rows_of_the_papers_table_12(config, plan, params_m, macs_g):
     cost = encoder_cost(config, plan)
     assert round(cost.params_thop / 1e6, 2) == params_m
     assert round(cost.macs_thop / 1e9, 2) == macs_g
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "params_m", "macs_g"),
+    [
+        (CAMERAHMR, None, 737.09, 143.99),
+        (CAMERAHMR, MERGED_MORE, 619.03, 121.33),
+        (replace(CAMERAHMR, token_merging=TokenMerging()), MERGED_MORE, 619.03, 70.68),
+    ],
+    ids=["CameraHMR", "+ ECLM", "+ Mask-ToMe"],
+)
+def test_rows_of_camerahmr_with_its_network_for_the_intrinsics(config, plan, params_m, macs_g):
+    cost, fov = encoder_cost(config, plan), fov_cost()
+    assert round((cost.params_thop + fov["params_thop"]) / 1e6, 2) == params_m
+    assert round((cost.macs_thop + fov["macs_thop"]) / 1e9, 2) == macs_g
+
+
+def test_the_decoder_of_the_papers_table_12():
+    config = DiffusionDecoderConfig(MotionVAEConfig(depth=5), DenoiserConfig(depth=5))
+    once, twice = (decoder_cost(config, steps) for steps in (1, 2))
+    assert once["macs_thop"] / 1e9 == pytest.approx(6.79, abs=0.01)
+    # five layers of 271 tokens, of 4 + 2 x 2 products of width 512, and what leads into and out of them
+    denoising = twice["macs_thop"] - once["macs_thop"]
+    assert denoising / (5 * 271 * 8 * 512**2) == pytest.approx(1.15, abs=0.01)
+    attention = 2 * 271 * 271 * 512 * 5
+    assert twice["macs_all"] - once["macs_all"] - denoising == pytest.approx(attention, rel=0.05)
+
+
+def test_camerahmrs_head_costs_its_token_and_its_keypoints_more():
+    more = (160 - 1) * 1024 + 88 * (1024 + 1)
+    assert encoder_cost(CAMERAHMR).params - encoder_cost(FULL).params == more
 
 
 def test_everything_counted():

@@ -12,6 +12,7 @@ from tiny_decoder import DENOISER, PRIOR, WINDOW, data, fit, make_clips, make_en
 
 from datamodules.features import FeatureBatch
 from fasthmr.body import BodyMismatchError, encode_pose
+from fasthmr.body.pose import pose_dim
 from fasthmr.checkpoint import CheckpointError, EncoderMismatchError, load_decoder, save_decoder
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.lit.decoder import DiffusionDecoderModule
@@ -144,8 +145,12 @@ class TestTraining:
 
 
 class TestValidation:
-    def test_true_poses_have_no_error_and_errors_are_of_the_right_ones(self, paths, monkeypatch):
-        model = module(*paths)
+    @pytest.mark.parametrize("representation", ["joints_twists", "rotations_6d"])
+    def test_true_poses_have_no_error_and_errors_are_of_the_right_ones(
+        self, paths, representation, tmp_path, monkeypatch
+    ):
+        config = dataclasses.replace(PRIOR, pose_dim=pose_dim(representation), representation=representation)
+        model = module(make_prior(tmp_path / "prior.ckpt", config=config), paths[1])
         logged = {}
         monkeypatch.setattr(model, "log_dict", lambda values, **_: logged.update(values))
         valid = torch.arange(WINDOW).expand(3, WINDOW) < 9
@@ -153,7 +158,8 @@ class TestValidation:
         predicted = torch.full((3, WINDOW, 10), 50.0)  # padding must not enter the mean
         predicted[:, :9] = shape[:, None] + torch.linspace(-1, 1, 9)[:, None]
         batch = windows(valid, betas=shape, predicted_betas=predicted)
-        poses = encode_pose(batch.rotations, shape[:, None].expand(-1, WINDOW, -1), model.body)
+        poses = encode_pose(batch.rotations, shape[:, None].expand(-1, WINDOW, -1), model.body, representation)
+        assert model.loss(batch).isfinite()
         monkeypatch.setattr(model, "forward", lambda batch: poses)
         output = model.validation_step(batch, 0)
         model.on_validation_epoch_end()
@@ -161,6 +167,12 @@ class TestValidation:
         assert logged["val/mpjpe_mm"] < 0.1 and logged["val/pve_mm"] < 0.1 and logged["val/accel_m_s2"] < 0.1
         assert logged["val/per_frame_mpjpe_mm"] > 50
         assert logged["val/jitter_m_s2"] == pytest.approx(float(logged["val/jitter_true_m_s2"]), rel=1e-2)
+
+    def test_how_joints_become_rotations_is_a_setting(self, paths):
+        adaptive, naive = (
+            module(*paths, adaptive_ik=how).validation_step(windows(), 0)["rotations"] for how in (True, False)
+        )
+        assert not torch.allclose(adaptive, naive, atol=1e-3)
 
     def test_it_is_of_the_average(self, paths):
         model, batch = module(*paths).eval(), windows()
@@ -249,13 +261,19 @@ class TestWarmStart:
             module(*paths, init_from=path, denoiser=dataclasses.replace(DENOISER, depth=5))
         with pytest.raises(ValueError, match=r"diffusion\.objective: both -> noise"):
             module(*paths, init_from=path, diffusion=DiffusionConfig(objective="noise"))
-        with pytest.raises(ValueError, match="was trained on another motion prior"):
-            module(make_prior(folder / "other_prior.ckpt", seed=1), paths[1], init_from=path)
         save_decoder(folder / "other_body.ckpt", trained[0].decoder, "other@0123", trained[0].encoder_id)
         with pytest.raises(BodyMismatchError, match="other@0123"):
             module(*paths, init_from=str(folder / "other_body.ckpt"))
         with pytest.raises(CheckpointError, match="of kind 'encoder', not 'decoder'"):
             module(*paths, init_from=paths[1])
+
+    def test_another_prior_is_said_aloud(self, trained, folder, paths, caplog):
+        started = module(
+            make_prior(folder / "other_prior.ckpt", seed=1), paths[1], init_from=str(folder / "run/step6.ckpt")
+        )
+        assert "was trained on another motion prior" in caplog.text
+        average = trained[0].ema.module.denoiser.state_dict()
+        assert all(torch.equal(v, average[k]) for k, v in started.decoder.denoiser.state_dict().items())
 
 
 class TestRefused:
@@ -284,6 +302,13 @@ class TestRefused:
             module(make_prior(folder / "p2.ckpt", seed=4), paths[1]).on_load_checkpoint(checkpoint)
         with pytest.raises(ValueError, match="not of a diffusion decoder"):
             module(*paths).on_load_checkpoint({"fasthmr": {"kind": "encoder"}})
+
+    def test_a_checkpoint_from_before_there_were_representations(self, trained, folder, paths):
+        checkpoint = torch.load(folder / "run/step6.ckpt", weights_only=True)
+        assert checkpoint["fasthmr"]["config"]["prior"].pop("representation") == "joints_twists"
+        torch.save(checkpoint, folder / "old.ckpt")
+        assert load_decoder(folder / "old.ckpt")[0].representation == "joints_twists"
+        module(*paths).on_load_checkpoint(checkpoint)
 
     def test_a_checkpoint_of_another_kind(self, paths):
         prior, encoder = paths

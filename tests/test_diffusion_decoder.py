@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.motions import MotionDataModule
-from fasthmr.body import encode_pose
+from fasthmr.body import encode_pose, load_body
 from fasthmr.models.denoiser import DenoiserConfig
 from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.motion_prior import MotionPrior
@@ -81,7 +81,7 @@ class TestSampling:
 class TestLoss:
     def test_a_denoiser_that_knows_v_has_none(self, monkeypatch):
         decoder, poses = make(), torch.randn(4, 12, 133)
-        latents = decoder.latents(poses)
+        latents = decoder.latents(torch.zeros(4, 12, 24), poses)
         kept = decoder.diffusion.scheduler.alphas_cumprod
 
         def all_knowing(noisy: torch.Tensor, time: torch.Tensor, *_: object) -> torch.Tensor:
@@ -99,9 +99,9 @@ class TestLoss:
         assert seen[0] == seen[1] != seen[2]
 
     def test_half_precision_does_not_reach_what_is_to_be_learnt(self):
-        decoder, poses = make(), torch.randn(4, 12, 133)
+        decoder, features, poses = make(), torch.zeros(4, 12, 24), torch.randn(4, 12, 133)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(decoder.latents(poses), make().latents(poses))
+            assert torch.equal(decoder.latents(features, poses), make().latents(features, poses))
 
     def test_padded_frames_do_not_matter(self):
         decoder, features, poses = make(), torch.randn(2, 12, 24), torch.randn(2, 12, 133)
@@ -111,6 +111,48 @@ class TestLoss:
             decoder.loss(*both, valid, torch.Generator().manual_seed(0)) for both in ((features, poses), tuple(masked))
         ]
         torch.testing.assert_close(*losses)
+
+
+class TestResidual:
+    SIZES = dataclasses.replace(DENOISER, feature_dim=24 + 133)
+    CONFIG = DiffusionDecoderConfig(PRIOR, SIZES, DiffusionConfig(residual=True, last_step_share=1.0))
+
+    def conditions(self, decoder: DiffusionDecoder, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder reads of an encoder that sees somebody sit still, and the numbers of that pose."""
+        body = load_body("free")
+        rotations = torch.eye(3).expand(count, 12, 24, 3, 3)
+        betas = torch.zeros(count, 12, 10)
+        poses = encode_pose(rotations, betas, body)
+        return decoder.conditions(torch.zeros(count, 12, 24), rotations, betas, body), poses
+
+    def test_without_a_correction_the_encoders_poses_go_through_the_prior(self):
+        decoder = DiffusionDecoder(self.CONFIG).eval()
+        read, poses = self.conditions(decoder)
+        assert decoder.encoder_dim == 24 and torch.equal(read[..., 24:], poses)
+        torch.nn.init.zeros_(decoder.denoiser.transformer.norm.weight)
+        expected = decoder.prior.decode(decoder.prior.encode(poses).mean, 12)
+        torch.testing.assert_close(decoder(read), expected)
+
+    def test_what_is_diffused_is_the_correction(self):
+        decoder = DiffusionDecoder(self.CONFIG).eval()
+        read, poses = self.conditions(decoder)
+        assert (decoder.latents(read, poses) == 0).all()
+        true = torch.randn(2, 12, 133)
+        difference = decoder.prior.encode(true).mean - decoder.prior.encode(poses).mean
+        torch.testing.assert_close(decoder.latents(read, true), difference)
+
+    def test_frames_without_a_person_have_no_rotations(self):
+        decoder = DiffusionDecoder(self.CONFIG)
+        read = decoder.conditions(torch.zeros(1, 24), torch.zeros(1, 24, 3, 3), torch.zeros(1, 10), load_body("free"))
+        assert read.isfinite().all()
+
+    def test_the_last_step_is_where_one_step_sampling_starts(self):
+        decoder, (read, poses) = DiffusionDecoder(self.CONFIG), self.conditions(DiffusionDecoder(self.CONFIG))
+        seen = seen_steps(decoder)
+        decoder.loss(read, poses)
+        assert seen == [999]
+        with pytest.raises(ValueError, match=r"last_step_share must be in \[0, 1\], got 1.5"):
+            DiffusionConfig(last_step_share=1.5)
 
 
 class TestFrozenPrior:
@@ -128,7 +170,8 @@ class TestFrozenPrior:
 
     def test_targets_are_the_mean_latents_without_dropout(self):
         decoder, poses = make().train(), torch.randn(2, 12, 133)
-        assert torch.equal(decoder.latents(poses), decoder.prior.encode(poses).mean / decoder.latent_scale)
+        features = torch.zeros(2, 12, 24)
+        assert torch.equal(decoder.latents(features, poses), decoder.prior.encode(poses).mean / decoder.latent_scale)
 
 
 class TestStatistics:
@@ -139,7 +182,7 @@ class TestStatistics:
         valid = torch.arange(12).expand(6, 12) < 10
         features[~valid] = 1e6
         decoder.fit_statistics(features, poses, valid)
-        torch.testing.assert_close(decoder.latents(poses, valid).std(), torch.tensor(1.0))
+        torch.testing.assert_close(decoder.latents(features, poses, valid).std(), torch.tensor(1.0))
         torch.testing.assert_close(decoder.feature_mean, features[valid].mean(0))
         assert decoder.feature_deviation[3] == pytest.approx(1e-3)
         assert (decoder.feature_deviation[:3] - 5).abs().max() < 2

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_checkpoint import BODY, MICRO, lightning_like
+from test_checkpoint_decoder import CONFIG as DECODER
 
 from fasthmr.body import load_body, require_same_body
-from fasthmr.checkpoint import CheckpointError, load_encoder, read_header, save_encoder
+from fasthmr.body.files import FREE_BODY
+from fasthmr.checkpoint import (
+    CheckpointError,
+    encoder_id,
+    load_encoder,
+    load_human_fov,
+    read_header,
+    save_encoder,
+    save_pipeline,
+)
 from fasthmr.checkpoint_files import located
 from fasthmr.export import main
+from fasthmr.hub import HubModel
+from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.merge import main as merge
 from fasthmr.merging import LayerMergePlan
+from fasthmr.models.adapters import hmr_state_dict
+from fasthmr.models.diffusion_decoder import DiffusionDecoder
 from fasthmr.models.hmr import HMR
+from fasthmr.models.human_fov import HumanFoV
 
 
 @pytest.fixture
@@ -106,3 +124,91 @@ def test_shipped_weights_are_merged_into_the_current_folder(tiny_shards, tmp_pat
     assert merge(["shipped:encoder_tiny", f"--data={tiny_shards}", *few]) == 0
     assert len(load_encoder(tmp_path / "encoder_tiny-merged.ckpt").backbone.blocks) == 11
     assert not list(located("shipped:encoder_tiny").parent.glob("*merged*"))
+
+
+class TestForeign:
+    """Others' checkpoints become ours."""
+
+    FIXTURES = Path(__file__).parent / "fixtures"
+    #: the free body stands in for SMPL's file: the command takes whatever body is given
+    SMPL = str(FREE_BODY)
+
+    @pytest.mark.parametrize("which", ["hmr2", "camerahmr"])
+    def test_an_encoder_loads_with_the_bodys_id(self, which, tmp_path):
+        out, source = tmp_path / "ours.safetensors", self.FIXTURES / f"{which}_small.ckpt"
+        assert export(source, "-o", out, "--from", "auto", "--body", self.SMPL, "--vit_heads", 4) == 0
+        header = read_header(out)
+        assert (header.body, header.config.architecture) == (load_body(self.SMPL).id, which)
+        expected = hmr_state_dict(torch.load(source, weights_only=True)["state_dict"], which)
+        assert all(torch.equal(value, expected[name]) for name, value in load_encoder(out).state_dict().items())
+        assert json.loads(out.with_suffix(".json").read_text())["config"]["architecture"] == which
+
+    def test_human_fov_is_a_file_of_its_own(self, tmp_path):
+        fov, out = HumanFoV(width=4), tmp_path / "fov.safetensors"
+        torch.save({"state_dict": fov.state_dict() | {"fc2.bias": torch.zeros(1)}}, tmp_path / "cam_model.ckpt")
+        assert export(tmp_path / "cam_model.ckpt", "-o", out, "--from", "auto") == 0
+        loaded = load_human_fov(out).state_dict()
+        assert all(torch.equal(value, loaded[name]) for name, value in fov.state_dict().items())
+        with pytest.raises(CheckpointError, match="of kind 'human_fov', not 'encoder'"):
+            load_encoder(out)
+
+    def test_a_backbone_gets_a_new_head_and_can_be_started_from(self, tmp_path):
+        foreign = torch.load(self.FIXTURES / "hmr2_small.ckpt", weights_only=True)["state_dict"]
+        weights = {n: t for n, t in foreign.items() if n.startswith("backbone.")} | {"mano_head.x": torch.zeros(2)}
+        torch.save({"state_dict": weights}, tmp_path / "hamer.ckpt")
+        out = tmp_path / "start.safetensors"
+        assert export(tmp_path / "hamer.ckpt", "-o", out, "--from", "backbone", "--vit_heads", 4) == 0
+        module = MergedEncoderModule(read_header(out).config, ema_decay=None, init_from=str(out))
+        assert torch.equal(module.net.backbone.pos_embed, weights["backbone.pos_embed"])
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--from", "auto"], "predicts SMPL's poses: pass --body /path/to/SMPL_NEUTRAL.pkl"),
+            (["--from", "hmr3"], "--from must be one of auto, hmr2, camerahmr, human_fov, backbone, got 'hmr3'"),
+            (["--from", "backbone", "--head", "x"], "--head must be one of hmr2, camerahmr, got 'x'"),
+            ([], "If it is HMR2.0's or CameraHMR's, or has such a backbone, convert it: python -m fasthmr.export"),
+        ],
+    )
+    def test_mistakes_are_named_in_one_line(self, arguments, message, tmp_path, capsys):
+        out = tmp_path / "out.safetensors"
+        assert export(self.FIXTURES / "hmr2_small.ckpt", "-o", out, *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not out.exists()
+
+
+class TestHub:
+    def test_a_folder_that_huggingface_hub_loads(self, merged, tmp_path):
+        assert export(merged, "-o", tmp_path / "folder", "--hub") == 0
+        assert {file.name for file in (tmp_path / "folder").iterdir()} == {
+            "config.json", "model.safetensors", "README.md",
+        }  # fmt: skip
+        hmr, decoder, body = HubModel.from_pretrained(tmp_path / "folder").parts()
+        expected = load_encoder(merged)
+        assert (hmr.config, hmr.merge_plan, decoder, body) == (expected.config, expected.merge_plan, None, BODY)
+        images = torch.randn(1, 3, 256, 256)
+        torch.testing.assert_close(hmr(images).feature, expected(images).feature, rtol=0, atol=0)
+
+    def test_a_pipeline(self, tmp_path):
+        hmr = HMR(MICRO).eval()
+        decoder = DiffusionDecoder(DECODER, encoder_id(hmr))
+        save_pipeline(tmp_path / "both.ckpt", hmr, decoder, BODY)
+        assert export(tmp_path / "both.ckpt", "-o", tmp_path / "folder", "--hub", "--dtype", "bfloat16") == 0
+        loaded, its_decoder, _ = HubModel.from_pretrained(tmp_path / "folder").parts()
+        assert its_decoder.encoder == encoder_id(loaded)
+        for name, value in decoder.state_dict().items():
+            torch.testing.assert_close(its_decoder.state_dict()[name], value, rtol=2**-8, atol=2**-8)
+
+    def test_weights_that_do_not_fit_are_refused(self, merged, tmp_path):
+        assert export(merged, "-o", tmp_path / "folder", "--hub") == 0
+        weights = load_file(tmp_path / "folder" / "model.safetensors")
+        del weights["hmr.smpl_head.decpose.bias"]
+        save_file(weights, tmp_path / "folder" / "model.safetensors")
+        with pytest.raises(RuntimeError, match=r"hmr\.smpl_head\.decpose\.bias"):
+            HubModel.from_pretrained(tmp_path / "folder")
+
+    def test_other_kinds_are_refused(self, tmp_path, capsys):
+        torch.save({"state_dict": HumanFoV(width=1).state_dict()}, tmp_path / "cam_model.ckpt")
+        assert export(tmp_path / "cam_model.ckpt", "-o", tmp_path / "folder", "--hub", "--from", "auto") == 2
+        assert "of kind 'human_fov', not 'pipeline' or 'encoder'" in capsys.readouterr().err

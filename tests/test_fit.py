@@ -33,7 +33,7 @@ from fasthmr.resume import require_resumable
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "conf/encoder_tiny.yaml")
-ONE_STAGE = sorted(p for p in (ROOT / "conf").glob("*.yaml") if "stages" not in yaml.safe_load(p.read_text()))
+ONE_STAGE = sorted(p for p in (ROOT / "conf").glob("*.yaml") if "model" in yaml.safe_load(p.read_text()))
 ENCODERS = [p for p in ONE_STAGE if "MergedEncoderModule" in p.read_text()]
 PRIORS = [p for p in ONE_STAGE if "MotionPriorModule" in p.read_text()]
 DECODERS = [p for p in ONE_STAGE if "DiffusionDecoderModule" in p.read_text()]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fasthmr.merging import LayerMergePlan, MergeEvent, collapse, merge_blocks, search_layer_merges
-from fasthmr.models.adapters import hmr2_state_dict
+from fasthmr.models.adapters import hmr_state_dict
 from fasthmr.models.hmr import HMR, HMRConfig, middle_columns
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -82,7 +82,7 @@ class TestPlan:
 @pytest.fixture(scope="module")
 def hmr2_small() -> HMR:
     hmr = HMR(SMALL).eval()
-    hmr.load_state_dict(hmr2_state_dict(torch.load(FIXTURES / "hmr2_small.ckpt", weights_only=True)["state_dict"]))
+    hmr.load_state_dict(hmr_state_dict(torch.load(FIXTURES / "hmr2_small.ckpt", weights_only=True)["state_dict"]))
     return hmr
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fasthmr.geometry.cameras import crop_camera_translation
-from fasthmr.models.adapters import hmr2_state_dict
+from fasthmr.models.adapters import hmr_state_dict
 from fasthmr.models.hmr import HMR, HMRConfig, middle_columns
 from fasthmr.models.smpl_head import MeanParameters
 
@@ -30,7 +30,7 @@ def foreign_weights() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def hmr2_small() -> HMR:
     hmr = HMR(SMALL).eval()
-    hmr.load_state_dict(hmr2_state_dict(foreign_weights()))
+    hmr.load_state_dict(hmr_state_dict(foreign_weights()))
     return hmr
 
 
@@ -80,7 +80,7 @@ class TestParityWithHMR2:
     def test_the_adapter_ignores_by_name_and_hides_nothing_else(self):
         foreign = foreign_weights()
         assert {"initialized", "discriminator.betas_out.bias"} <= foreign.keys()
-        ours = hmr2_state_dict(foreign | {"smpl.faces_tensor": torch.zeros(1), "smpl_head.extra": torch.zeros(1)})
+        ours = hmr_state_dict(foreign | {"smpl.faces_tensor": torch.zeros(1), "smpl_head.extra": torch.zeros(1)})
         assert ours.keys() - {"smpl_head.extra"} == HMR(SMALL).state_dict().keys()
         with pytest.raises(RuntimeError, match=r"smpl_head\.extra"):
             HMR(SMALL).load_state_dict(ours)
@@ -237,9 +237,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"person_mask must be \(2, 256, 256\) bool, got"):
             HMR(MICRO)(crops(), person_mask=mask)
 
-    def test_camera(self):
-        with pytest.raises(ValueError, match="takes no camera"):
-            HMR(MICRO)(crops(), camera=torch.zeros(2, 3))
+    def test_box_info(self):
+        with pytest.raises(ValueError, match=r"box_info must be \(2, 3\), got \(2, 4\)"):
+            HMR(MICRO)(crops(), box_info=torch.zeros(2, 4))
 
     @pytest.mark.parametrize(
         "change, message",

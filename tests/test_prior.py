@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import lightning as L
 import numpy as np
 import pytest
@@ -9,13 +11,16 @@ import torch
 
 from datamodules.motions import MotionBatch, MotionDataModule, seen_by_camera
 from datamodules.order import SampleId
-from fasthmr.body import encode_pose
-from fasthmr.checkpoint import CheckpointError, load_encoder, load_prior
+from fasthmr.body import BodyMismatchError, encode_pose
+from fasthmr.checkpoint import CheckpointError, load_encoder, load_prior, save_decoder, save_prior
 from fasthmr.data.synth.motion import load_motion_source
 from fasthmr.lit.optim import OptimizerConfig
 from fasthmr.lit.prior import MotionPriorModule
+from fasthmr.models.denoiser import DenoiserConfig
+from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.motion_prior import MotionPrior
-from fasthmr.models.motion_vae import MotionVAEConfig
+from fasthmr.models.motion_vae import LatentMotion, MotionVAEConfig
+from fasthmr.models.sampler import DiffusionConfig
 
 SMALL = MotionVAEConfig(window=20, latents=3, dim=32, depth=3, heads=2, mlp_dim=32, dropout=0.0)
 
@@ -137,10 +142,44 @@ class TestTraining:
         poses = torch.randn(2, 20, 133)
         torch.testing.assert_close(prior.normalise(poses) * prior.deviation + prior.mean, poses, atol=1e-4, rtol=0)
 
+    def test_a_checkpoint_from_before_there_were_representations(self, trained, tmp_path):
+        content = torch.load(trained[1], weights_only=True)
+        assert content["fasthmr"]["config"].pop("representation") == "joints_twists"
+        torch.save(content, tmp_path / "old.ckpt")
+        assert load_prior(tmp_path / "old.ckpt")[0].config == SMALL
+        MotionPriorModule(SMALL).on_load_checkpoint(content)
+        other = MotionPriorModule(dataclasses.replace(SMALL, pose_dim=144, representation="rotations_6d"))
+        with pytest.raises(ValueError, match="of another motion prior"):
+            other.on_load_checkpoint(content)
+
     def test_another_size_is_not_resumed(self, trained):
         other = MotionPriorModule(MotionVAEConfig(window=20, latents=3, dim=64, depth=3, heads=2, mlp_dim=32))
         with pytest.raises(ValueError, match="of another motion prior"):
             other.on_load_checkpoint(torch.load(trained[1], weights_only=True))
+
+
+class TestWarmStart:
+    def test_weights_and_statistics_of_a_prior(self, trained):
+        started = MotionPriorModule(SMALL, init_from=str(trained[1])).prior.state_dict()
+        assert all(torch.equal(value, started[name]) for name, value in trained[0].prior.state_dict().items())
+
+    def test_of_the_prior_in_a_decoder(self, trained, tmp_path):
+        prior = trained[0].prior
+        sizes = DenoiserConfig(
+            feature_dim=8, window=SMALL.window, latents=SMALL.latents, dim=SMALL.dim, depth=1, heads=2, mlp_dim=16
+        )
+        decoder = DiffusionDecoder(DiffusionDecoderConfig(SMALL, sizes, DiffusionConfig()), "0" * 16)
+        decoder.prior.load_state_dict(prior.state_dict())
+        save_decoder(tmp_path / "decoder.ckpt", decoder, trained[0].body.id, "0" * 16)
+        started = MotionPriorModule(SMALL, init_from=str(tmp_path / "decoder.ckpt")).prior.state_dict()
+        assert all(torch.equal(value, started[name]) for name, value in prior.state_dict().items())
+
+    def test_what_does_not_fit(self, trained, tmp_path):
+        with pytest.raises(ValueError, match=r"is another motion prior \(mlp_dim: \d+ -> 96\)"):
+            MotionPriorModule(dataclasses.replace(SMALL, mlp_dim=96), init_from=str(trained[1]))
+        save_prior(tmp_path / "other.ckpt", trained[0].prior, "other@0123")
+        with pytest.raises(BodyMismatchError, match="other@0123"):
+            MotionPriorModule(SMALL, init_from=str(tmp_path / "other.ckpt"))
 
 
 class TestAugmentation:
@@ -160,9 +199,34 @@ class TestAugmentation:
         assert not torch.allclose(once, poses)
 
 
+def test_windows_as_6d_rotations(tmp_path):
+    config = dataclasses.replace(SMALL, pose_dim=144, representation="rotations_6d")
+    module, windows = MotionPriorModule(config, mirror=1.0, reverse=0.0), data()
+    windows.setup()
+    batch = windows.first_windows(4)
+    numbers = module._encoded(batch)
+    assert numbers.shape == (4, 20, 144)
+    # A perfect VAE: what comes out is what went in.
+    module.prior.encode = lambda poses, valid: LatentMotion(poses, poses)
+    module.prior.decode = lambda latents, frames, valid: latents
+    module.validation_step(batch, 0)
+    assert module.errors.compute()["mpjpe_mm"] < 0.1
+    mirrored, _ = module._augmented(numbers, batch.valid)
+    assert not torch.allclose(mirrored, numbers) and torch.allclose(
+        module._augmented(mirrored, batch.valid)[0], numbers
+    )
+    save_prior(tmp_path / "prior.ckpt", MotionPrior(config), module.body.id)
+    assert load_prior(tmp_path / "prior.ckpt")[0].config == config
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: MotionPrior(dataclasses.replace(SMALL, representation="rotations_6d")),
+            "pose_dim must be 144 for rot",
+        ),
+        (lambda: dataclasses.replace(SMALL, representation="euler"), "representation must be joints_twists or"),
         (lambda: MotionPriorModule(SMALL, mirror=2.0), "mirror must be in"),
         (lambda: MotionPriorModule(SMALL, kl_weight=-1.0), "kl_weight must be 0 or more"),
         (lambda: MotionPrior(SMALL).fit_statistics(torch.zeros(1, 133)), "poses must be"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from test_fit import QUICK, START_TINY, TINY_NET, tiny_data
 from test_video import scene, write_video
+
+from fasthmr.body.files import FREE_BODY
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,8 +57,13 @@ def test_fit_and_merge_commands_and_the_python_example(checkout, tiny_shards):
     (checkout / "data" / "synth_tiny" / "val").symlink_to(tiny_shards)
     (command,) = commands("python -m fasthmr.merge")
     assert "multiply-adds" in run(python(command, "--frames_per_clip=2"), checkout).stdout
-    (command,) = commands("python -m fasthmr.export")
-    assert "written: mine.safetensors" in run(python(command), checkout).stdout
+    (command,) = commands("python -m fasthmr.evaluate")
+    assert "PA-MPJPE" in run(python(command, "--max_clips=1", "--rounds=1"), checkout).stdout
+    ours, foreign = commands("python -m fasthmr.export")
+    assert "written: mine.safetensors" in run(python(ours), checkout).stdout
+    shutil.copy(Path(__file__).parent / "fixtures" / "hmr2_small.ckpt", checkout / "hmr2.ckpt")
+    converted = run(python(foreign.replace("SMPL_NEUTRAL.pkl", str(FREE_BODY)), "--vit_heads=4"), checkout)
+    assert "written: hmr2.safetensors" in converted.stdout
     (example,) = blocks("python")
     printed = run([sys.executable, "-c", example], checkout).stdout
     assert "(1, 6600, 3)" in printed.replace("torch.Size([1, 6600, 3])", "(1, 6600, 3)")

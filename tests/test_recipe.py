@@ -37,6 +37,7 @@ class FakeTraining:
     """A kind of stage that writes a checkpoint in no time; `trained` says which were run, and what they were given."""
 
     trained: list[dict]
+    alone = True
 
     def __init__(self, arguments) -> None:
         self.config: dict = {}
@@ -218,6 +219,64 @@ def test_mistakes_in_a_recipe_are_named(text, message, tmp_path, monkeypatch):
     Path("bad.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
         run_recipe(load_recipe(["bad.yaml"], []), {"fit": FakeTraining})
+
+
+# ---- stages on several processes -----------------------------------------------------------------
+
+
+@pytest.fixture
+def second_process(monkeypatch):
+    """This process is the second of two that torchrun started; gives a function that changes its number."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "1")
+    return lambda rank: monkeypatch.setenv("RANK", str(rank))
+
+
+def test_a_process_that_a_stage_does_not_need_waits_for_the_first_one(recipe, second_process, monkeypatch):
+    def look_again(seconds: float) -> None:
+        second_process(0)
+        assert len(recipe()) == 2
+        second_process(1)
+
+    monkeypatch.setattr("fasthmr.recipe.time.sleep", look_again)
+    assert len(recipe()) == 2, "it trained, too"
+
+
+def test_all_processes_run_a_stage_that_is_for_all(recipe, second_process, monkeypatch):
+    monkeypatch.setattr(FakeTraining, "alone", False)
+    assert len(recipe()) == 2
+
+
+def test_a_process_that_lightning_started_ends_with_the_stage_it_was_started_for(recipe, monkeypatch):
+    monkeypatch.setattr(FakeTraining, "alone", False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as left:
+        recipe()
+    assert left.value.code == 0 and len(FakeTraining.trained) == 1
+
+
+def test_stages_on_two_processes_one_and_two_again(tiny_shards, tmp_path):
+    Path(tmp_path / "mixed.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "stages": {
+                    name: {"config": str(ROOT / "conf/encoder_tiny.yaml"), "trainer": {"devices": devices}}
+                    for name, devices in (("pair", 2), ("single", 1), ("pair_again", 2))
+                }
+            },
+            sort_keys=False,
+        )
+    )
+    quick = [key for key in QUICK if "devices" not in key]
+    keys = [*TINY_NET, *quick, *tiny_data(tiny_shards), "--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
+    done = run_fit("-c", "mixed.yaml", *keys, "--data.init_args.batch_size=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stage, steps in (("pair", 3), ("single", 6), ("pair_again", 3)):  # an epoch of 6 clips
+        run = tmp_path / "runs/mixed" / stage
+        assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
+        assert len(list(run.glob("events.out.tfevents.*"))) == 1
+        assert json.loads((run / "summary.json").read_text())["processes"] == (1 if stage == "single" else 2)
 
 
 # ---- the recipes in conf/, through the real entry point ------------------------------------------

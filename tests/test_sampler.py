@@ -46,6 +46,15 @@ def test_several_steps(numbers, count):
     torch.testing.assert_close(diffusion.sample(predict, start, count), numbers[f"ddim{count}_traj"][-1])
 
 
+def test_noise_is_asked_for_where_a_trace_of_the_signal_is_left():
+    diffusion = LatentDiffusion(DiffusionConfig(objective="noise"))
+    assert diffusion.timesteps(1) == [998] and diffusion.timesteps(2) == [998, 499]
+    assert 0 < diffusion.scheduler.alphas_cumprod[998].sqrt() < 0.01
+    asked = []
+    diffusion.sample(lambda latents, time: asked.append(int(time[0])) or latents, torch.randn(1, 2, 3), 2)
+    assert asked == [998, 499]
+
+
 def test_loss_parts(numbers):
     prediction, z0, noise, time = numbers["loss_vhat"], numbers["z0"], numbers["eps"], numbers["t"]
     v = LatentDiffusion(DiffusionConfig(objective="v")).loss(prediction, z0, noise, time)

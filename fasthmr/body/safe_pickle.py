@@ -1,7 +1,9 @@
 """Reads pickles of arrays without running anything in them: an allow-list instead of imports, stand-ins for chumpy.
 
 A pickle is a program. This reader knows numpy arrays, three kinds of scipy sparse matrix, plain containers and the
-chumpy objects in SMPL's files; any other name in a pickle stops the reading before a thing is imported or called.
+chumpy objects in SMPL's files; any other name in a pickle stops the reading before a thing is imported or called. What
+it calls takes no more memory than the pickle has bytes (sparse matrices excepted): arrays are made empty and then
+filled with the pickle's own bytes, and strings are encoded in one way only.
 """
 
 from __future__ import annotations
@@ -45,13 +47,41 @@ class ChumpyNode:
         raise UnsafePickleError(f"a chumpy object with {sorted(state)} is neither a stored array nor a selection")
 
 
-# numpy rebuilds arrays and scalars with two functions; where they live has changed between versions
-_NUMPY_FUNCTIONS = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+class _ArrayType:
+    """Stands in for `numpy.ndarray`, which a pickle could call with any size."""
+
+
+def _empty_array(*_: object) -> np.ndarray:
+    """An array that the pickle's next operation fills; the shape given here is of no use to honest pickles."""
+    return np.ndarray.__new__(np.ndarray, (0,), "b")
+
+
+def _array_from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 2's bytes are written. Other encodings could double a string, again and again."""
+    if encoding != "latin1":
+        raise UnsafePickleError(f"it encodes a string as {encoding!r}, which no data set does; nothing was run")
+    return codecs.encode(text, "latin1")
+
+
+# numpy rebuilds arrays and scalars with three functions; where they live has changed between versions
+_NUMPY_FUNCTIONS: dict[str, dict[str, Any]] = {
+    "multiarray": {"_reconstruct": _empty_array, "scalar": np.float64(0).__reduce__()[0]},
+    "numeric": {"_frombuffer": _array_from_buffer},  # protocol 5
+}
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "ndarray"): _ArrayType,
     ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", n): f for core in ("core", "_core") for n, f in _NUMPY_FUNCTIONS.items()},
-    ("_codecs", "encode"): codecs.encode,  # how Python 2's bytes are written
+    **{
+        (f"numpy.{core}.{module}", name): function
+        for core in ("core", "_core")
+        for module, functions in _NUMPY_FUNCTIONS.items()
+        for name, function in functions.items()
+    },
+    ("_codecs", "encode"): _latin1,
     ("collections", "OrderedDict"): collections.OrderedDict,
     **{(module, "_reconstructor"): copyreg._reconstructor for module in ("copyreg", "copy_reg")},  # type: ignore[attr-defined]
     **{(module, t.__name__): t for module in ("builtins", "__builtin__") for t in (object, set, list, dict)},

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from fasthmr.conventions import CROP_PX, MASK_OTHER, MASK_SUBJECT
 from fasthmr.data.crops import normalised
+from fasthmr.geometry.cameras import box_info
 
 #: shape (after the leading batch dimension) and dtype of every array of a sample; "T" is the number of frames.
 _LAYOUT: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {
@@ -39,6 +40,7 @@ class ClipSample:
     """One clip's share of a `ClipBatch`: the same fields without the batch dimension, as numpy arrays."""
 
     key: str
+    gender: str
     images: np.ndarray
     masks: np.ndarray
     joints2d: np.ndarray
@@ -70,14 +72,15 @@ class ClipBatch:
         keys: B clip keys.
         has_masks: of the B clips, whether their masks are known. A list, as the keys are: asking does not wait for
             a device.
+        genders: of the B clips, which body of its family ("neutral", "male", "female") betas and translation belong to.
         images: (B, T, 3, 256, 256) uint8 RGB.
         masks: (B, T, 256, 256) uint8 instance labels (`conventions.MASK_*`); all background where not `has_masks`.
         joints2d: (B, T, 29, 3) crop-normalised x, y and confidence; confidence 0 where there is no label.
         joints3d: (B, T, 29, 4) absolute camera-frame position and confidence; confidence 0 where there is no label.
         rotations: (B, T, 24, 3, 3) SMPL rotations, root in the camera frame; meaningless where not `has_pose`.
-        betas: (B, 10), meaningless where not `has_betas`.
+        betas: (B, 10) of the body of the clip's gender; zeros where there is no label.
         translation: (B, T, 3) SMPL translation (pelvis = rest pelvis + translation); meaningless where not `has_pose`.
-        has_pose, has_betas: (B,) bool.
+        has_pose: (B,) bool. has_betas: (B,) bool, betas that the neutral body can be compared with.
         valid: (B, T) bool, frames whose labels may be used.
         box_center: (B, T, 2), box_size: (B, T) of the crop that was cut, full-image px.
         image_size: (B, 2) width and height of the full image; intrinsics: (B, 3, 3) of the full image, px.
@@ -89,6 +92,7 @@ class ClipBatch:
 
     keys: list[str]
     has_masks: list[bool]
+    genders: list[str]
     images: torch.Tensor
     masks: torch.Tensor
     joints2d: torch.Tensor
@@ -117,8 +121,9 @@ class ClipBatch:
                 raise ValueError(_shape_error(name, tensor, clips, frames))
         if len(self.keys) != clips:
             raise ValueError(f"keys must name the {clips} clips of the batch, got {len(self.keys)} keys: {self.keys}")
-        if len(self.has_masks) != clips:
-            raise ValueError(f"has_masks must hold {clips} values, one a clip, got {len(self.has_masks)}")
+        for name in ("has_masks", "genders"):
+            if len(getattr(self, name)) != clips:
+                raise ValueError(f"{name} must hold {clips} values, one a clip, got {len(getattr(self, name))}")
 
     @property
     def num_clips(self) -> int:
@@ -131,6 +136,11 @@ class ClipBatch:
     def network_input(self) -> torch.Tensor:
         """(B*T, 3, 256, 256) float32 in [0, 1], normalised by ImageNet's mean and standard deviation (HMR2.0)."""
         return normalised(flatten_frames(self.images))
+
+    def box_info(self) -> torch.Tensor:
+        """(B*T, 3) where the crops were in the full images, in focal lengths: what CameraHMR is told."""
+        size, focal_px = self.image_size[:, None], self.intrinsics[:, None, 0, 0]
+        return flatten_frames(box_info(self.box_center, self.box_size, size, focal_px))
 
     def per_frame(self, per_clip: torch.Tensor) -> torch.Tensor:
         """(B, ...) one value a clip -> (B*T, ...) repeated for each of its frames."""
@@ -146,7 +156,7 @@ class ClipBatch:
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ClipBatch:
         tensors = {name: function(getattr(self, name)) for name in _LAYOUT}
-        return ClipBatch(keys=list(self.keys), has_masks=list(self.has_masks), **tensors)
+        return ClipBatch(keys=list(self.keys), has_masks=list(self.has_masks), genders=list(self.genders), **tensors)
 
 
 def flatten_frames(per_frame: torch.Tensor) -> torch.Tensor:
@@ -199,7 +209,12 @@ def collate(samples: Sequence[ClipSample]) -> ClipBatch:
         name: default_collate([torch.as_tensor(getattr(s, name), dtype=dtype) for s in samples])
         for name, (_, dtype) in _LAYOUT.items()
     }
-    return ClipBatch(keys=[s.key for s in samples], has_masks=[s.has_masks for s in samples], **stacked)
+    return ClipBatch(
+        keys=[s.key for s in samples],
+        has_masks=[s.has_masks for s in samples],
+        genders=[s.gender for s in samples],
+        **stacked,
+    )
 
 
 def _shape_error(name: str, tensor: torch.Tensor, clips: int | str, frames: int | str) -> str:

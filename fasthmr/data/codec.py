@@ -2,7 +2,7 @@
 
 Sample KEY has the members (docs/shards.md says why):
 
-    KEY.meta.json     what is text: schema version, key, source, fps, body, status
+    KEY.meta.json     what is text: schema version, key, source, fps, body, status, gender
     KEY.labels.npz    what is numbers: labels, cameras, and where each packed image begins
     KEY.frames.jpgs   the JPEG crops, one behind the other
     KEY.masks.pngs    the PNG instance masks, likewise
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fasthmr.data.schema import ARRAYS, SCHEMA_VERSION, Clip, ClipError, PackedImages
+from fasthmr.data.schema import ARRAYS, READ_VERSIONS, SCHEMA_VERSION, Clip, ClipError, PackedImages
 
 META, LABELS = "meta.json", "labels.npz"
 IMAGES = {"frames": "frames.jpgs", "masks": "masks.pngs", "full_frames": "full.jpgs"}
@@ -56,6 +56,7 @@ def encode_clip(clip: Clip) -> dict[str, bytes]:
         "fps": clip.fps,
         "body": clip.body,
         "status": clip.status,
+        "gender": clip.gender,
     }
     arrays = {name: getattr(clip, name) for name in ARRAYS}
     members = {META: json.dumps(meta, sort_keys=True).encode()}
@@ -88,12 +89,13 @@ def decode_sample(sample: Mapping[str, Any]) -> Clip:
     except _DAMAGE as error:
         raise ClipError(f"clip {key}: its labels are damaged: {error}") from error
     version = meta.get("schema_version") if isinstance(meta, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in READ_VERSIONS:
         raise ClipError(
-            f"clip {key}: has schema version {version}, this fasthmr reads {SCHEMA_VERSION}; make the shards anew"
+            f"clip {key}: has schema version {version}, this fasthmr reads {READ_VERSIONS}; make the shards anew"
         )
     try:
         fields: dict[str, Any] = {name: meta[name] for name in ("key", "source", "fps", "body", "status")}
+        fields["gender"] = "neutral" if version == 1 else meta["gender"]
         fields |= {name: arrays[name] for name in ARRAYS}
         for name, extension in IMAGES.items():
             if extension in sample:

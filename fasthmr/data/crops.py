@@ -15,10 +15,15 @@ import numpy as np
 import torch
 
 from fasthmr.conventions import CROP_PX, IMAGE_MEAN, IMAGE_STD, MASK_BACKGROUND
+from fasthmr.geometry.boxes import apply_affine, compose_affine, invert_affine
 
 #: the network crop is this many times the tight person box: room for hands that move out of a detector's box, and
 #: the columns 32:-32 that HMR2.0 does not look at. Stored crops are 1.5 times the box, so jitter has room as well.
 CROP_SCALE = 1.2
+#: side of the stored crop over that of the box: room for jitter
+STORED_SCALE = 1.5
+#: pixels around a stored crop that its edge's blur may look at
+_MARGIN_PX = 16
 #: HMR2.0 blurs where the picture shrinks by more than this.
 _BLUR_ABOVE_SHRINK = 2.2
 
@@ -31,13 +36,27 @@ def cut_image(picture: np.ndarray, network_from_picture: np.ndarray, out: np.nda
         network_from_picture: (2,3) affine, px of the picture -> px of the crop.
         out: (3,256,256) uint8, overwritten.
     """
-    a = network_from_picture
+    cv2.split(_shrunk(picture, network_from_picture, CROP_PX), list(out))
+
+
+def cut_stored(picture: np.ndarray, crop_from_picture: np.ndarray, side_px: int) -> np.ndarray:
+    """The crop that a shard stores, (side_px,side_px,3) uint8 RGB; black outside the picture (H,W,3)."""
+    corners = apply_affine(invert_affine(crop_from_picture), [[0, 0], [side_px, side_px]])
+    low = np.clip(np.floor(corners[0]).astype(int) - _MARGIN_PX, 0, None)
+    high = np.ceil(corners[1]).astype(int) + _MARGIN_PX
+    part = picture[low[1] : max(high[1], low[1] + 1), low[0] : max(high[0], low[0] + 1)]
+    if not part.size:
+        return np.zeros((side_px, side_px, 3), np.uint8)
+    return _shrunk(part, compose_affine(crop_from_picture, [[1, 0, low[0]], [0, 1, low[1]]]), side_px)
+
+
+def _shrunk(picture: np.ndarray, crop_from_picture: np.ndarray, side_px: int) -> np.ndarray:
+    a = crop_from_picture
     shrink = 1 / math.sqrt(abs(a[0, 0] * a[1, 1] - a[0, 1] * a[1, 0]))
     if shrink > _BLUR_ABOVE_SHRINK:
         picture = cv2.GaussianBlur(picture, (0, 0), (shrink / 2 - 1) / 2)
-    side = (CROP_PX, CROP_PX)
-    warped = cv2.warpAffine(picture, a, side, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    cv2.split(warped, list(out))
+    side = (side_px, side_px)
+    return cv2.warpAffine(picture, a, side, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
 
 
 def cut_mask(mask: np.ndarray, network_from_mask: np.ndarray, out: np.ndarray) -> None:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fasthmr.data.codec import decode_sample
-from fasthmr.data.schema import SCHEMA_VERSION
+from fasthmr.data.schema import READ_VERSIONS
 
 MANIFEST = "manifest.json"
 INDEX_SUFFIX = ".idx"
@@ -32,11 +32,12 @@ class IndexedSample:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The index file of a shard: its size, its checksum, and its samples."""
+    """The index file of a shard: its size, its checksum, its samples, and in words the clips that could not be made."""
 
     bytes: int
     sha256: str
     samples: list[IndexedSample]
+    dropped: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, tar: Path) -> ShardIndex:
@@ -49,6 +50,7 @@ class ShardIndex:
         try:
             content = json.loads(path.read_text())
             index = cls(content["bytes"], content["sha256"], [IndexedSample(**s) for s in content["samples"]])
+            index.dropped.extend(map(str, content.get("dropped", [])))  # indices of old have none
             places = [place for sample in index.samples for place in sample.files.values()]
             if not all(offset >= 0 and size >= 0 and offset + size <= index.bytes for offset, size in places):
                 raise ValueError(f"it has a member outside of the shard's {index.bytes} bytes")
@@ -97,6 +99,11 @@ class Manifest:
     source: dict[str, Any]
     shards: dict[str, str]
 
+    @property
+    def bodies(self) -> list[str]:
+        """Ids of the bodies that labels may belong to: the set's own, and the gendered ones of its family."""
+        return allowed_bodies(self.source | {"body": self.body})
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read a set's manifest.
@@ -108,9 +115,9 @@ class Manifest:
         try:
             content = json.loads(path.read_text())
             version = content["schema_version"]
-            if version != SCHEMA_VERSION:
+            if version not in READ_VERSIONS:
                 raise ShardError(
-                    f"{folder} has schema version {version}, this fasthmr reads {SCHEMA_VERSION}: make the set again"
+                    f"{folder} has schema version {version}, this fasthmr reads {READ_VERSIONS}: make the set again"
                 )
             manifest = cls(**content)
             strange = [name for name in manifest.shards if not re.fullmatch(r"[\w-]+\.tar", name)]
@@ -126,6 +133,11 @@ class Manifest:
         if strange:
             raise ShardError(f"{path} is damaged (no shard is called {strange[0]!r}): make the set again")
         return manifest
+
+
+def allowed_bodies(described: dict[str, Any]) -> list[str]:
+    """Ids of the bodies that the labels of a source may belong to; a source says them in `body` and `bodies`."""
+    return [body for body in (described.get("body"), *described.get("bodies", {}).values()) if body]
 
 
 def index_path(tar: Path) -> Path:

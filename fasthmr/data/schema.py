@@ -13,13 +13,16 @@ import numpy as np
 from fasthmr.conventions import JOINTS29, MASK_OTHER, NUM_BETAS, NUM_JOINTS
 from fasthmr.data.headers import image_shape
 
-#: raised whenever a field is added, removed or changes its meaning; shards of another version are refused.
-SCHEMA_VERSION = 1
+#: raised whenever a field is added, removed or changes its meaning.
+SCHEMA_VERSION = 2
+#: versions that are read; version 1 had no `gender`, and all its clips are neutral. Others are refused.
+READ_VERSIONS = (1, 2)
 MIN_CROP_PX = 384
 MAX_IMAGE_PX = 8192
 MAX_FPS = 10_000
 
 Status = Literal["ground_truth", "pseudo", "missing"]
+Gender = Literal["neutral", "male", "female"]
 #: the fields that can be ground truth, somebody's estimate, or absent (then they hold zeros).
 LABELS = ("joints2d", "joints3d", "pose", "betas", "translation", "masks", "intrinsics")
 
@@ -110,6 +113,8 @@ class Clip:
         translation: (T,3) camera frame, metres: the pelvis is at rest_pelvis(betas) + translation.
         status: what each of LABELS is: ground truth, pseudo, or missing.
         full_frames: the T full images, JPEG, if they were kept.
+        gender: which model of its family `body` is. Betas and translation of a gendered body mean nothing to the
+            neutral one; pose and joints do.
     """
 
     key: str
@@ -131,6 +136,7 @@ class Clip:
     translation: np.ndarray
     status: dict[str, Status]
     full_frames: PackedImages | None = None
+    gender: Gender = "neutral"
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -147,6 +153,7 @@ class Clip:
             "fps": (int, float),
             "body": (str, type(None)),
             "status": dict,
+            "gender": str,
         }
         for name, kind in texts.items():
             self._require(name, isinstance(getattr(self, name), kind), f"be {kind}", type(getattr(self, name)))
@@ -156,6 +163,7 @@ class Clip:
         )
         self._require("frames", len(self) > 0, "hold at least one frame", len(self))
         self._require("fps", 0 < self.fps <= MAX_FPS, f"be positive and at most {MAX_FPS}", self.fps)
+        self._require("gender", self.gender in get_args(Gender), f"be one of {get_args(Gender)}", repr(self.gender))
         self._validate_arrays()
         self._validate_status()
         self._validate_headers()

@@ -16,14 +16,17 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import tarfile
 import textwrap
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,30 +35,50 @@ import torch
 from tqdm import tqdm
 
 from fasthmr.data.codec import encode_clip
-from fasthmr.data.index import MANIFEST, Manifest, ShardError, ShardIndex, index_path
+from fasthmr.data.index import MANIFEST, Manifest, ShardError, ShardIndex, allowed_bodies, index_path
 from fasthmr.data.schema import SCHEMA_VERSION, Clip, ClipError
 from fasthmr.data.store import ClipStore
 from fasthmr.data.verify import verify_shards
 from fasthmr.files import write_text, written_whole
 
-__all__ = ["ClipSource", "ClipStore", "Manifest", "ShardError", "ensure_shards", "verify_shards", "write_shards"]
+__all__ = [
+    "ClipSource",
+    "ClipStore",
+    "Dropped",
+    "Manifest",
+    "ShardError",
+    "ensure_shards",
+    "verify_shards",
+    "write_part",
+    "write_shards",
+]
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
 LOCK = ".lock"
+#: how long to wait for another process that makes the same set, and between two looks at it; seconds
+WAIT_S, _LOOK_S = 12 * 3600.0, 0.5
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A clip that could not be made; `why` names it and what was wrong."""
+
+    why: str
 
 
 class ClipSource(Protocol):
     """Where clips come from.
 
     `make(i)` must give the same clip in every process, or a resumed set would be a mixture. `describe()` is JSON: all
-    that the clips depend on, with the id of the labels' body, or None, as "body".
+    that the clips depend on, with the id of the labels' body, or None, as "body"; where labels are of gendered bodies,
+    their ids by gender as "bodies".
     """
 
     def __len__(self) -> int: ...
 
-    def make(self, index: int) -> Clip: ...
+    def make(self, index: int) -> Clip | Dropped: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -63,19 +86,27 @@ class ClipSource(Protocol):
 def ensure_shards(source: ClipSource, folder: str | Path, clips_per_shard: int = 16, workers: int = 1) -> Manifest:
     """The finished set of `source` in `folder`: as it is there, or made, or made from where its writer was stopped.
 
+    While another process is making it, e.g. one on the other node of a job, this one waits for it.
+
     Raises:
-        ShardError: `folder` holds another set, or one that is being written by another process.
+        ShardError: `folder` holds another set, or one that another process has been writing for too long.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():  # then it does not matter how the clips are dealt out to shards
         manifest = Manifest.read(folder)
         _require_same(_through_json(source.describe()), manifest.source, folder)
         return manifest
-    return write_shards(source, folder, clips_per_shard, workers)
+    made = write_part(source, folder, 1, 1, clips_per_shard, workers, wait_s=WAIT_S)
+    assert made is not None  # there is no other part to wait for
+    return made
 
 
 def write_shards(
-    source: ClipSource, folder: str | Path, clips_per_shard: int = 16, workers: int = 1, progress: bool = True
+    source: ClipSource,
+    folder: str | Path,
+    clips_per_shard: int = 16,
+    workers: int = 1,
+    progress: bool = True,
 ) -> Manifest:
     """Write all clips of `source` as shards; shards that are complete already are kept.
 
@@ -90,35 +121,70 @@ def write_shards(
         ShardError: nothing to write, a folder that cannot be written or holds another set, a full disk.
         ClipError: the source made a clip that breaks the schema.
     """
+    manifest = write_part(source, folder, 1, 1, clips_per_shard, workers, progress)
+    assert manifest is not None  # there is no other part to wait for
+    return manifest
+
+
+def write_part(
+    source: ClipSource,
+    folder: str | Path,
+    part: int,
+    parts: int,
+    clips_per_shard: int = 16,
+    workers: int = 1,
+    progress: bool = True,
+    wait_s: float = 0.0,
+) -> Manifest | None:
+    """Write one job's part of the shards, the others writing theirs into the same folder; None while some are missing.
+
+    The set is the same as if one job had written it. Whichever job comes last writes the manifest.
+
+    Args:
+        source, folder, clips_per_shard, workers, progress: as of `write_shards`.
+        part: which of `parts`, from 1: every `parts`-th shard.
+        parts: how many there are.
+        wait_s: how long to wait for a process that is writing the whole set.
+
+    Raises:
+        ShardError: as `write_shards`; or there is no such part.
+        ClipError: the source made a clip that breaks the schema.
+    """
+    if not 1 <= part <= parts:
+        raise ShardError(f"part must be one of 1 to {parts}, got {part}")
     folder = Path(folder)
     for name, value in (("clips", len(source)), ("clips_per_shard", clips_per_shard), ("workers", workers)):
         if value < 1:
             raise ShardError(f"there are {value} {name} to write {folder} with: it takes at least one")
     described = _through_json(source.describe())
-    body = described.get("body")
+    bodies = allowed_bodies(described)
     names = [f"shard-{i:06d}.tar" for i in range(-(-len(source) // clips_per_shard))]
     ranges = [range(i, min(len(source), i + clips_per_shard)) for i in range(0, len(source), clips_per_shard)]
-    with _exclusive(folder):
+    with _exclusive(folder, wait_s, shared=parts > 1):
         _claim(folder, {"schema_version": SCHEMA_VERSION, "clips_per_shard": clips_per_shard, "source": described})
-        for left_by_killed_writer in folder.glob(".shard-*.tmp"):
-            left_by_killed_writer.unlink()
-        todo = [(folder / name, r) for name, r in zip(names, ranges, strict=True) if not _is_complete(folder / name)]
-        if len(todo) < len(names):
-            log.info("%s: %d of %d shards are there already", folder, len(names) - len(todo), len(names))
+        ours = list(zip(names, ranges, strict=True))[part - 1 :: parts]
+        for name, _ in ours:
+            for left_by_killed_writer in folder.glob(f".{name}*.tmp"):
+                left_by_killed_writer.unlink()
+        todo = [(folder / name, r) for name, r in ours if not _is_complete(folder / name)]
+        if len(todo) < len(ours):
+            log.info("%s: %d of %d shards are there already", folder, len(ours) - len(todo), len(ours))
         total = sum(len(clips) for _, clips in todo)
         with tqdm(total=total, unit="clip", desc=f"making {folder}", disable=not progress or not todo) as bar:
             if workers == 1:
                 for path, clips in todo:
-                    _write_shard(source, body, path, clips, bar.update)
+                    _write_shard(source, bodies, path, clips, bar.update)
             elif todo:
-                _write_in_processes(source, body, todo, workers, bar)
+                _write_in_processes(source, bodies, todo, workers, bar)
+        if not all(_is_complete(folder / name) for name in names):
+            return None
         indices = {name: ShardIndex.read(folder / name) for name in names}
         keys = Counter(sample.key for index in indices.values() for sample in index.samples)
         if len(keys) < keys.total():
             raise ShardError(f"the source made several clips of the same key: {keys.most_common(1)[0][0]!r}")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            body=body,
+            body=described.get("body"),
             clips=len(keys),
             frames=sum(s.frames for i in indices.values() for s in i.samples),
             source=described,
@@ -132,33 +198,39 @@ def write_shards(
 
 
 def _write_shard(
-    source: ClipSource, body: str | None, path: Path, clips: range, on_clip: Callable[[int], object]
+    source: ClipSource, bodies: list[str], path: Path, clips: range, on_clip: Callable[[int], object]
 ) -> None:
     """Write one shard under a temporary name, give it its own, then write its index the same way."""
+    dropped: list[str] = []
     try:
         with written_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for index in clips:
-                clip = _make(source, body, index)
+                clip = _make(source, bodies, index)
+                if isinstance(clip, Dropped):
+                    dropped.append(clip.why)
+                    on_clip(1)
+                    continue
                 for extension, data in encode_clip(clip).items():
                     # TarInfo's defaults are no time and no owner: the bytes depend on the clip only.
                     member = tarfile.TarInfo(f"{clip.key}.{extension}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
                 on_clip(1)
-        write_text(index_path(path), ShardIndex.of(path).to_json())
+        write_text(index_path(path), replace(ShardIndex.of(path), dropped=dropped).to_json())
     except OSError as error:
         raise ShardError(
             f"cannot write {path}: {error.strerror or error}; finished shards are kept, free some space and run again"
         ) from error
 
 
-def _make(source: ClipSource, body: str | None, index: int) -> Clip:
+def _make(source: ClipSource, bodies: list[str], index: int) -> Clip | Dropped:
     try:
         clip = source.make(index)
     except OSError as error:  # not to be taken for trouble with the shard
         raise ShardError(f"clip {index} cannot be made: {error}") from error
-    if clip.body not in (None, body):
-        raise ClipError(f"clip {clip.key}: its labels belong to body {clip.body!r}, those of the set to {body!r}")
+    if isinstance(clip, Clip) and clip.body is not None and clip.body not in bodies:
+        told = " or ".join(map(repr, bodies)) or "none"
+        raise ClipError(f"clip {clip.key}: its labels belong to body {clip.body!r}, those of the set to {told}")
     return clip
 
 
@@ -177,6 +249,8 @@ def _start_worker(source: ClipSource, counter: Any) -> None:
     _worker_source, _worker_counter = source, counter
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    # Blocked where a run listens for it (fasthmr.stopping): the pool must be able to end its processes.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -188,23 +262,23 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _work(body: str | None, path: Path, clips: range) -> None:
+def _work(bodies: list[str], path: Path, clips: range) -> None:
     def count(done: int) -> None:
         with _worker_counter.get_lock():
             _worker_counter.value += done
 
-    _write_shard(_worker_source, body, path, clips, count)
+    _write_shard(_worker_source, bodies, path, clips, count)
 
 
 def _write_in_processes(
-    source: ClipSource, body: str | None, shards: list[tuple[Path, range]], workers: int, bar: tqdm
+    source: ClipSource, bodies: list[str], shards: list[tuple[Path, range]], workers: int, bar: tqdm
 ) -> None:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     with ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (source, counter)) as pool:
         try:
             with _one_thread_per_child():
-                pending = {pool.submit(_work, body, path, clips) for path, clips in shards}
+                pending = {pool.submit(_work, bodies, path, clips) for path, clips in shards}
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
                 bar.update(counter.value - bar.n)
@@ -272,20 +346,29 @@ def _through_json(described: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it when the process ends, however it ends."""
+def _exclusive(folder: Path, wait_s: float = 0.0, shared: bool = False) -> Iterator[None]:
+    """Hold the folder's lock, with others if `shared`; the system frees it when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
     except OSError as error:
         raise ShardError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
+    began = time.monotonic()
+    told = False
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(
-                f"another process is writing into {folder}: wait for it, or choose another folder"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() - began >= wait_s:
+                    raise ShardError(
+                        f"another process is writing into {folder}: wait for it, or choose another folder"
+                    ) from error
+            if not told:
+                log.info("another process is writing into %s; waiting for it up to %.0f min", folder, wait_s / 60)
+                told = True
+            time.sleep(_LOOK_S)
         yield
 
 

@@ -117,6 +117,7 @@ def make_sample(
     has_body = clip.body is not None
     return ClipSample(
         key=clip.key,
+        gender=clip.gender,
         images=images,
         masks=masks,
         joints2d=joints2d,
@@ -125,7 +126,7 @@ def make_sample(
         betas=clip.betas,
         translation=labels.translation,
         has_pose=has_body and clip.status["pose"] != "missing",
-        has_betas=has_body and clip.status["betas"] != "missing",
+        has_betas=has_body and clip.status["betas"] != "missing" and clip.gender == "neutral",
         has_masks=clip.status["masks"] != "missing",
         valid=valid,
         box_center=center,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fasthmr.body import require_same_body
 from fasthmr.data.index import Manifest, ShardError, ShardIndex
 from fasthmr.data.schema import ClipError
 from fasthmr.data.store import ClipStore
@@ -60,8 +59,8 @@ def _clip_problems(store: ClipStore, index: int) -> list[str]:
     try:
         clip = store[index]
         clip.check_images()
-        if clip.body is not None:
-            require_same_body(store.manifest.body or "none", clip.body, where=f"clip {clip.key}")
+        if clip.body is not None and clip.body not in store.manifest.bodies:
+            raise ClipError(f"clip {clip.key} belongs to body {clip.body!r}, the set to {store.manifest.bodies}")
     except ValueError as error:
         tar = str(store.shard_of(index))
         return [str(error) if str(error).startswith(tar) else f"{tar}: {error}"]

@@ -57,6 +57,36 @@ def full_image_translation(
     return torch.stack((tx + offset[..., 0], ty + offset[..., 1], 2 * focal_px / scaled_size), dim=-1)
 
 
+def box_info(box_center: Tensor, box_size: Tensor, image_size: Tensor, focal_px: Tensor | float) -> Tensor:
+    """Where a crop was, in units of the focal length: what CameraHMR's head is told
+    (`CameraHMR/core/camerahmr_model.py`; its principal point is the image's centre, whatever the intrinsics say).
+
+    Args:
+        box_center: (..., 2) px of the full image.
+        box_size: (...) side of the square crop, px of the full image.
+        image_size: (..., 2) width and height, px.
+        focal_px: (...) or a number: focal length of the full image.
+
+    Returns:
+        (..., 3): ((cx - W/2) / f, (cy - H/2) / f, size / f).
+    """
+    offset = box_center - image_size / 2
+    pixels = torch.cat((offset, box_size[..., None]), dim=-1)
+    return pixels / (focal_px[..., None] if isinstance(focal_px, Tensor) else focal_px)
+
+
+def focal_of_fov(vertical_fov: Tensor, image_height: Tensor | float) -> Tensor:
+    """Focal length of a picture: H / (2 tan(v / 2)), (...) px.
+
+    A worked number: 90 degrees over 1000 px are 500 px.
+
+    Args:
+        vertical_fov: (...) radians.
+        image_height: (...) or a number, px.
+    """
+    return image_height / (2 * (vertical_fov / 2).tan())
+
+
 def project(points: Tensor, translation: Tensor | None, focal_px: Tensor | float, center_px: Tensor) -> Tensor:
     """Perspective projection of points to pixels.
 
@@ -76,6 +106,26 @@ def project(points: Tensor, translation: Tensor | None, focal_px: Tensor | float
     if isinstance(focal_px, Tensor):
         focal_px = focal_px[:, None, None] if focal_px.ndim == 1 else focal_px[:, None]
     return points[..., :2] / points[..., 2:] * focal_px + center_px[:, None]
+
+
+def project_into_crop(
+    points: Tensor, camera: Tensor, box_center: Tensor, box_size: Tensor, intrinsics: Tensor
+) -> Tensor:
+    """Points through the full image's camera, in crop widths from the crop's centre.
+
+    Args:
+        points: (B, N, 3) metres, centred on the body.
+        camera: (B, 3) = (s, tx, ty), predicted on the crop.
+        box_center: (B, 2), box_size: (B,) of the crop, px of the full image.
+        intrinsics: (B, 3, 3) of the full image, px, without skew.
+
+    Returns:
+        (B, N, 2).
+    """
+    focal_px, principal = intrinsics[:, 0, 0], intrinsics[:, :2, 2]
+    # Full images are usually centred on their principal point, and the function halves a size to find it.
+    translation = full_image_translation(camera, box_center, box_size, 2 * principal, focal_px)
+    return (project(points, translation, focal_px, principal) - box_center[:, None]) / box_size[:, None, None]
 
 
 def _unbind_camera(camera: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from fasthmr.models.denoiser import DenoiserConfig
 from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.sampler import DiffusionConfig
 
+log = logging.getLogger(__name__)
+
 #: windows from which the statistics of features and latents are taken before training starts
 _STATISTICS_WINDOWS = 64
 #: a warped window's speed follows so many cosines, of 0, 1/2, 1, ... periods in the window
@@ -62,12 +65,14 @@ class DenoiserSizes:
         heads: attention heads; they divide the latents' width.
         mlp_dim: hidden width of the feed-forward networks.
         dropout: in training.
+        relu: whether features go through a ReLU first (`DenoiserConfig.relu`).
     """
 
     depth: int = 5
     heads: int = 4
     mlp_dim: int = 1024
     dropout: float = 0.001
+    relu: bool = True
 
 
 class DiffusionDecoderModule(L.LightningModule):
@@ -93,6 +98,7 @@ class DiffusionDecoderModule(L.LightningModule):
         protocol: name of the evaluation protocol of the validation metrics (`fasthmr.metrics.PROTOCOLS`).
         seed: augmentation, noise, diffusion steps and dropout of batch n on rank r are seeded by (seed, n, r), so that
             a resumed run equals an uninterrupted one.
+        adaptive_ik: how joints become rotations in validation (`fasthmr.body.ik.from_hybrid`).
 
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint is missing or of another kind.
@@ -116,6 +122,7 @@ class DiffusionDecoderModule(L.LightningModule):
         max_speed: float = 1.5,
         protocol: str = "body-24",
         seed: int = 0,
+        adaptive_ik: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("reverse", reverse), ("warp", warp)):
@@ -133,7 +140,7 @@ class DiffusionDecoderModule(L.LightningModule):
             start_from(self.decoder, init_from, self.body.id)
         self.ema = averaged(self.decoder, ema_decay) if ema_decay is not None else None
         self.optimizer_config = optimizer
-        self.steps, self.seed = steps, seed
+        self.steps, self.seed, self.adaptive_ik = steps, seed, adaptive_ik
         self.reverse, self.warp, self.max_speed = reverse, warp, max_speed
         # Decoder and encoder alone: errors, and the mean acceleration of joints.
         self.errors, self.per_frame_errors = PoseErrors(PROTOCOLS[protocol]), PoseErrors(PROTOCOLS[protocol])
@@ -153,8 +160,8 @@ class DiffusionDecoderModule(L.LightningModule):
     # ---- one batch ------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Features) -> Tensor:
-        """Poses (B, T, 133) of a batch with the weights to use."""
-        return self.best_decoder(batch.features, batch.valid, self.steps)
+        """Poses (B, T, pose_dim) of a batch with the weights to use."""
+        return self.best_decoder(self._conditions(batch), batch.valid, self.steps)
 
     def training_step(self, batch: Features, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -175,7 +182,7 @@ class DiffusionDecoderModule(L.LightningModule):
         """
         with torch.autocast(self.device.type, enabled=False):  # half precision would move joints by centimetres
             features, rotations, valid = self._augmented(batch)
-            poses = encode_pose(rotations, _per_frame(batch.betas, valid), self.body)
+            poses = self._encoded(rotations, batch.betas)
         labelled = valid.any(1)
         if not labelled.any():
             raise ValueError(
@@ -187,7 +194,7 @@ class DiffusionDecoderModule(L.LightningModule):
         """Add a batch to the metrics; returns the decoder's `rotations` (B, T, 24, 3, 3) and the `betas` (B, T, 10)."""
         with torch.autocast(self.device.type, enabled=False):
             betas = self._clip_betas(batch.predicted_betas, batch.valid)
-            rotations = decode_pose(self(batch), betas, self.body)
+            rotations = decode_pose(self(batch), betas, self.body, self.decoder.representation, self.adaptive_ik)
             true = self._posed(batch.rotations, _per_frame(batch.betas, batch.valid))
             self._add_jitter(self.true_jitter, true.joints, batch)
             for errors, jitter, predicted in (
@@ -213,6 +220,12 @@ class DiffusionDecoderModule(L.LightningModule):
         logged = {f"val/{k}": v.to(self.device, torch.float32) for k, v in values.items()}
         self.log_dict(logged, rank_zero_only=False)
 
+    def _encoded(self, rotations: Tensor, betas: Tensor) -> Tensor:
+        """The numbers (B, T, pose_dim) of poses (B, T, 24, 3, 3) of bodies (B, 10)."""
+        return encode_pose(
+            rotations, betas[:, None].expand(-1, rotations.shape[1], -1), self.body, self.decoder.representation
+        )
+
     def _posed(self, rotations: Tensor, betas: Tensor) -> BodyOutput:
         """The body in B x T poses: its fields are (B, T, ...)."""
         posed = self.body(rotations.flatten(0, 1), betas.flatten(0, 1))
@@ -223,6 +236,11 @@ class DiffusionDecoderModule(L.LightningModule):
         for own, valid, fps in zip(joints, batch.valid, batch.fps.tolist(), strict=True):
             if int(valid.sum()) >= 3:
                 metric.update(acceleration_error(own[valid], torch.zeros_like(own[valid]), fps))
+
+    def _conditions(self, batch: Features) -> Tensor:
+        """What the decoder reads, (B, T, feature_dim)."""
+        betas = self._clip_betas(batch.predicted_betas, batch.valid)
+        return self.decoder.conditions(batch.features, batch.predicted_rotations, betas, self.body)
 
     def _clip_betas(self, betas: Tensor, valid: Tensor) -> Tensor:
         """Average the shape over each window where the protocol says so (FastHMR, Sec. 4.1)."""
@@ -242,7 +260,8 @@ class DiffusionDecoderModule(L.LightningModule):
         before = position.floor().long()
         after = (before + 1).clamp_max(batch.valid.shape[1] - 1)
         weight = position - before
-        features = torch.lerp(_frames(batch.features, before), _frames(batch.features, after), weight[..., None])
+        features = self._conditions(batch)
+        features = torch.lerp(_frames(features, before), _frames(features, after), weight[..., None])
         rotations = slerp(_frames(batch.rotations, before), _frames(batch.rotations, after), weight[..., None])
         valid = batch.valid.gather(1, before) & (batch.valid.gather(1, after) | (weight == 0))
         return features, rotations, valid
@@ -288,9 +307,9 @@ class DiffusionDecoderModule(L.LightningModule):
         if bool((self.decoder.feature_deviation != 1).any()):
             return  # restored from a checkpoint
         windows: Features = self.trainer.datamodule.first_windows(_STATISTICS_WINDOWS).to(self.device)  # type: ignore[attr-defined]
-        poses = encode_pose(windows.rotations, _per_frame(windows.betas, windows.valid), self.body)
+        poses = self._encoded(windows.rotations, windows.betas)
         labelled = windows.valid.any(1)
-        self.decoder.fit_statistics(windows.features[labelled], poses[labelled], windows.valid[labelled])
+        self.decoder.fit_statistics(self._conditions(windows)[labelled], poses[labelled], windows.valid[labelled])
         self.best_decoder.load_state_dict(self.decoder.state_dict())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -320,7 +339,8 @@ class DiffusionDecoderModule(L.LightningModule):
             raise ValueError("the checkpoint is not of a diffusion decoder")
         require_same_body(self.body.id, header["body"], where="the checkpoint")
         require_same_encoder(self.encoder_id, header["encoder"], where="the checkpoint")
-        if changed := _changes(header["config"], self.decoder.config.as_dict()):
+        theirs_config = DiffusionDecoderConfig.from_dict(header["config"]).as_dict()  # with younger settings' defaults
+        if changed := _changes(theirs_config, self.decoder.config.as_dict()):
             raise ValueError(f"the checkpoint is of another decoder ({'; '.join(changed)}): resume with its own config")
         theirs = checkpoint["state_dict"]
         if any(
@@ -337,16 +357,20 @@ def start_from(decoder: DiffusionDecoder, checkpoint: str, body_id: str) -> None
     Raises:
         FileNotFoundError, CheckpointError: as `load_decoder`.
         BodyMismatchError: it was trained with another body.
-        ValueError: it has other sizes, objective or prior; names what differs.
+        ValueError: it has other sizes or another objective; names what differs.
     """
     start, header = load_decoder(checkpoint)
     require_same_body(body_id, header.body, where=checkpoint)
     if changed := _changes(
-        start.config.as_dict(), decoder.config.as_dict(), free=("prior.dropout", "denoiser.dropout")
+        start.config.as_dict(),
+        decoder.config.as_dict(),
+        free=("prior.dropout", "denoiser.dropout", "diffusion.last_step_share"),
     ):
         raise ValueError(f"{checkpoint} is another decoder ({'; '.join(changed)}): set model.init_args to its")
     if not _is_prior_of(decoder, start.prior.state_dict()):
-        raise ValueError(f"{checkpoint} was trained on another motion prior: its denoiser knows no other latents")
+        log.warning(
+            "%s was trained on another motion prior: a good start only if this one was tuned from it", checkpoint
+        )
     decoder.denoiser.load_state_dict(start.denoiser.state_dict())
 
 
@@ -359,7 +383,7 @@ def _fresh(
     require_same_body(body_id, read_header(encoder).body, where=encoder)
     hmr = load_encoder(encoder)
     sizes = DenoiserConfig(
-        feature_dim=hmr.config.head_dim,
+        feature_dim=hmr.config.head_dim + (trained.config.pose_dim if diffusion.residual else 0),
         window=trained.config.window,
         latents=trained.config.latents,
         dim=trained.config.dim,

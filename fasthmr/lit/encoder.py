@@ -14,7 +14,7 @@ from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import encoder_header, load_encoder, read_header
 from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, JOINTS29
 from fasthmr.data.batch import ClipBatch, person_mask
-from fasthmr.geometry.cameras import crop_camera_translation, project
+from fasthmr.geometry.cameras import crop_camera_translation, project, project_into_crop
 from fasthmr.lit.average import averaged
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.losses import HMRTarget, LossWeights, NonFiniteLossError, feature_loss, hmr_losses, token_joint_loss
@@ -107,7 +107,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def forward(self, batch: ClipBatch) -> HMROutput:
         """Predict every frame of a batch with the weights to use: outputs have B*T rows, clip by clip."""
-        return self.best_net(batch.network_input(), person_mask=self._masks(batch, self.net))
+        return self.best_net(batch.network_input(), self._masks(batch, self.net), batch.box_info())
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         parts = self.loss(batch)
@@ -151,14 +151,11 @@ class MergedEncoderModule(L.LightningModule):
     def loss(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Loss parts of the training weights on a batch, and their weighted sum "total"; scalars."""
         mask = self._masks(batch, self.net, *self._teacher)
-        output: HMROutput = self.net(batch.network_input(), person_mask=mask)
+        output: HMROutput = self.net(batch.network_input(), mask, batch.box_info())
         frames = batch.valid.shape[1]
         joints = self.body.joints29(output.rotations, output.betas)
         with torch.autocast(joints.device.type, enabled=False):
-            translation = crop_camera_translation(output.camera.float(), CROP_FOCAL_PX, CROP_PX)
-            centre = joints.new_zeros(len(joints), 2)
-            # focal / crop: image coordinates come out in crop widths from the crop's centre, like the batch's labels.
-            joints2d = project(joints, translation, CROP_FOCAL_PX / CROP_PX, centre)
+            joints2d = self._joints2d(joints, output.camera.float(), batch)
             target = HMRTarget(
                 rotations=batch.rotations.flatten(0, 1),
                 betas=batch.betas.repeat_interleave(frames, 0),
@@ -177,7 +174,8 @@ class MergedEncoderModule(L.LightningModule):
         for teacher in self._teacher:
             if self.teacher_steps is None or self.global_step < self.teacher_steps:
                 with torch.no_grad():
-                    wanted = teacher.to(output.feature.device)(batch.network_input(), person_mask=mask).feature
+                    teacher.to(output.feature.device)
+                    wanted = teacher(batch.network_input(), mask, batch.box_info()).feature
                 parts["feature"] = feature_loss(output.feature, wanted)
                 parts["total"] = parts["total"] + self.loss_weights.feature * parts["feature"]
         return parts
@@ -186,6 +184,15 @@ class MergedEncoderModule(L.LightningModule):
         """Person masks for these networks: None where a clip has none, and an error where one of them needs it."""
         settings = [net.config.token_merging for net in nets]
         return person_mask(batch, self.mask_people, any(s is not None and s.mask == "given" for s in settings))
+
+    def _joints2d(self, joints: Tensor, camera: Tensor, batch: ClipBatch) -> Tensor:
+        """Where predicted joints are seen: (N, 29, 2) in crop widths from the crop's centre, as labels are."""
+        if self.net.config.architecture == "camerahmr":
+            center, size = batch.box_center.flatten(0, 1), batch.box_size.flatten()
+            return project_into_crop(joints, camera, center, size, batch.per_frame(batch.intrinsics))
+        translation = crop_camera_translation(camera, CROP_FOCAL_PX, CROP_PX)
+        # focal / crop: image coordinates come out in crop widths
+        return project(joints, translation, CROP_FOCAL_PX / CROP_PX, joints.new_zeros(len(joints), 2))
 
     def _clip_betas(self, betas: Tensor, clips: int, frames: int) -> Tensor:
         """Average the shape over each clip where the protocol says so (FastHMR, Sec. 4.1)."""
@@ -230,7 +237,7 @@ class MergedEncoderModule(L.LightningModule):
         require_same_body(self.body.id, header["body"], where="the checkpoint")
         ours, theirs = (
             encoder_header(self.net.config, self.body.id, self.net.merge_plan, "")["config"],
-            header["config"],
+            HMRConfig.from_dict(header["config"]).as_dict(),  # with defaults for what older versions did not know
         )
         changed = [
             f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)

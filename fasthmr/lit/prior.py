@@ -12,8 +12,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from fasthmr.body import decode_pose, encode_pose, load_body, require_same_body
-from fasthmr.body.ik import HybridPose
-from fasthmr.checkpoint import prior_header
+from fasthmr.body.pose import mirror_pose
+from fasthmr.checkpoint import load_prior, prior_header
 from fasthmr.conventions import NUM_JOINTS
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.losses import NonFiniteLossError
@@ -39,7 +39,9 @@ class MotionPriorModule(L.LightningModule):
     """Reconstruction and KL loss, optimiser, and reconstruction errors through the body.
 
     Args:
-        vae: sizes of the VAE.
+        vae: sizes of the VAE; `representation` says whether poses are joints and twists, or 6D rotations.
+        init_from: checkpoint of a motion prior of these sizes, or of a decoder with one in it, to start from, or null.
+            Its statistics are taken over: they belong to its weights.
         body: "free", or the path of an SMPL-format body file.
         optimizer: AdamW and its schedule.
         kl_weight: of the mean KL divergence a number, beside the mean squared error of normalised numbers (MLD: 1e-4).
@@ -51,6 +53,7 @@ class MotionPriorModule(L.LightningModule):
     def __init__(
         self,
         vae: MotionVAEConfig,
+        init_from: str | None = None,
         body: str = "free",
         optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4),  # noqa: B008  (frozen, so sharing it is safe)
         kl_weight: float = 1e-4,
@@ -66,6 +69,8 @@ class MotionPriorModule(L.LightningModule):
             raise ValueError(f"kl_weight must be 0 or more, got {kl_weight}")
         self.prior = MotionPrior(vae)
         self.body = load_body(body)
+        if init_from is not None:
+            start_from(self.prior, init_from, self.body.id)
         self.optimizer_config, self.kl_weight = optimizer, kl_weight
         self.mirror, self.reverse, self.seed = mirror, reverse, seed
         self.errors = PoseErrors(PROTOCOLS["body-24"])
@@ -74,7 +79,7 @@ class MotionPriorModule(L.LightningModule):
     # ---- one batch ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Windows, batch_idx: int) -> Tensor:
-        poses, valid = self._augmented(encode_pose(batch.rotations, _per_frame(batch), self.body), batch.valid)
+        poses, valid = self._augmented(self._encoded(batch), batch.valid)
         latent = self.prior.encode(poses, valid)
         decoded = self.prior.vae.decode(latent.sample(), poses.shape[1], valid)
         error = (decoded - self.prior.normalise(poses)).square().mean(-1)
@@ -87,11 +92,11 @@ class MotionPriorModule(L.LightningModule):
 
     def validation_step(self, batch: Windows, batch_idx: int) -> None:
         betas = _per_frame(batch)
-        poses = encode_pose(batch.rotations, betas, self.body)
+        poses = self._encoded(batch)
         with torch.autocast(self.device.type, enabled=False):
             latent = self.prior.encode(poses, batch.valid)
             decoded = self.prior.decode(latent.mean.float(), poses.shape[1], batch.valid)
-            rotations = decode_pose(decoded, betas, self.body)
+            rotations = decode_pose(decoded, betas, self.body, self.prior.config.representation)
         ours, true = (self._joints(r, betas) for r in (rotations, batch.rotations))
         self.errors.update(ours, true, None, None, batch.valid, batch.fps)
         for own, other, valid, fps in zip(ours, true, batch.valid, batch.fps.tolist(), strict=True):
@@ -108,6 +113,10 @@ class MotionPriorModule(L.LightningModule):
         kept = ("mpjpe_mm", "pa_mpjpe_mm", "accel_m_s2", "jitter_m_s2", "jitter_true_m_s2")
         self.log_dict({f"val/{k}": values[k].to(self.device, torch.float32) for k in kept}, rank_zero_only=False)
 
+    def _encoded(self, batch: Windows) -> Tensor:
+        """The numbers of the batch's poses, (B, T, pose_dim)."""
+        return encode_pose(batch.rotations, _per_frame(batch), self.body, self.prior.config.representation)
+
     def _joints(self, rotations: Tensor, betas: Tensor) -> Tensor:
         shape = rotations.shape[:2]
         joints = self.body.joints29(rotations.flatten(0, 1), betas.flatten(0, 1))
@@ -115,7 +124,7 @@ class MotionPriorModule(L.LightningModule):
 
     def _augmented(self, poses: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Mirror and reverse random windows; a reversed one keeps its padding at the end."""
-        mirrored = HybridPose.unpack(poses).mirrored().pack()
+        mirrored = mirror_pose(poses, self.prior.config.representation)
         choice = torch.rand(2, len(poses), device=poses.device)
         poses = torch.where((choice[0] < self.mirror)[:, None, None], mirrored, poses)
         index = torch.arange(poses.shape[1], device=poses.device).expand(poses.shape[:2])
@@ -134,10 +143,10 @@ class MotionPriorModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if bool((self.prior.deviation != 1).any()):
-            return  # restored from a checkpoint
+            return  # those of a checkpoint
         batch: Windows = self.trainer.datamodule.first_windows(_STATISTICS_WINDOWS).to(self.device)  # type: ignore[attr-defined]
-        numbers = encode_pose(batch.rotations, _per_frame(batch), self.body)[batch.valid]
-        self.prior.fit_statistics(torch.cat((numbers, HybridPose.unpack(numbers).mirrored().pack())))
+        numbers = self._encoded(batch)[batch.valid]
+        self.prior.fit_statistics(torch.cat((numbers, mirror_pose(numbers, self.prior.config.representation))))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         position = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
@@ -153,8 +162,25 @@ class MotionPriorModule(L.LightningModule):
         if header is None or header.get("kind") != "motion_prior":
             raise ValueError("the checkpoint is not of a motion prior")
         require_same_body(self.body.id, header["body"], where="the checkpoint")
-        if header["config"] != self.prior.config.as_dict():
+        # A setting that is younger than the checkpoint had its default value there.
+        if MotionVAEConfig().as_dict() | header["config"] != self.prior.config.as_dict():
             raise ValueError(f"the checkpoint is of another motion prior: {header['config']}")
+
+
+def start_from(prior: MotionPrior, checkpoint: str, body_id: str) -> None:
+    """Give a prior the weights and statistics of a checkpoint.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_prior`.
+        BodyMismatchError: it was trained with another body.
+        ValueError: it has other sizes; names them.
+    """
+    start, trained_body = load_prior(checkpoint)
+    require_same_body(body_id, trained_body, where=checkpoint)
+    theirs, ours = start.config.as_dict(), prior.config.as_dict()
+    if changed := [f"{k}: {theirs[k]} -> {ours[k]}" for k in ours if theirs[k] != ours[k] and k != "dropout"]:
+        raise ValueError(f"{checkpoint} is another motion prior ({'; '.join(changed)}): set model.init_args.vae to its")
+    prior.load_state_dict(start.state_dict())
 
 
 def _per_frame(batch: Windows) -> Tensor:

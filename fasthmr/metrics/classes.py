@@ -69,7 +69,7 @@ class PoseErrors(Metric):
             self._add("pve_mm", pve(pred_vertices[valid], target_vertices[valid]))
         if self.protocol.accel is not None:
             for sequence in zip(pred, target, valid, fps.tolist(), strict=True):
-                self._add("accel_m_s2", _accelerations(*sequence, self.protocol.accel))
+                self._add("accel_m_s2", accelerations(*sequence, self.protocol.accel))
 
     def compute(self) -> dict[str, Tensor]:
         """Mean errors, float64: "pa_mpjpe_mm", "mpjpe_mm", "pve_mm" and, if the protocol has it, "accel_m_s2"."""
@@ -125,7 +125,7 @@ class BestConstantError(Metric):
         return mpjpe(constant.expand_as(joints), joints).double().mean()
 
 
-def _accelerations(pred: Tensor, target: Tensor, valid: Tensor, fps: float, rule: Acceleration) -> Tensor:
+def accelerations(pred: Tensor, target: Tensor, valid: Tensor, fps: float, rule: Acceleration) -> Tensor:
     """One sequence's acceleration errors that count: (T,J,3) twice and (T,) bool -> (at most T-2,) m/s^2."""
     if rule.gaps == "remove":
         pred, target, valid = pred[valid], target[valid], valid[valid]

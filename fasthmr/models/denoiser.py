@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthmr.models.skip_transformer import SkipTransformer
+from fasthmr.models.skip_transformer import SkipTransformer, sinusoids
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class DenoiserConfig:
         heads: attention heads.
         mlp_dim: hidden width of the feed-forward networks.
         dropout: in training.
+        relu: whether features go through a ReLU first, as in MLD. It cuts off the negative half of features that are
+            normalised.
     """
 
     feature_dim: int = 1024
@@ -37,6 +39,7 @@ class DenoiserConfig:
     heads: int = 4
     mlp_dim: int = 1024
     dropout: float = 0.001
+    relu: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -52,10 +55,11 @@ class LatentDenoiser(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
-        self.time_in = nn.Linear(config.feature_dim, config.dim)
+        self.time_in = nn.Linear(2 * (config.feature_dim // 2), config.dim)
         self.time_out = nn.Linear(config.dim, config.dim)
         self.condition = nn.Linear(config.feature_dim, config.dim)
-        self.positions = nn.Parameter(torch.rand(config.latents + 1 + config.window, config.dim))
+        tokens = torch.rand(config.latents + 1, config.dim)
+        self.positions = nn.Parameter(torch.cat((tokens, sinusoids(config.window, config.dim))))
         self.transformer = SkipTransformer(config.dim, config.depth, config.heads, config.mlp_dim, config.dropout)
 
     def forward(self, latents: Tensor, time: Tensor, features: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -86,7 +90,9 @@ class LatentDenoiser(nn.Module):
                 f"got {tuple(features.shape)}"
             )
         step = self.time_out(F.silu(self.time_in(time_embedding(time, self.config.feature_dim).to(latents.dtype))))
-        tokens = torch.cat((latents, step[:, None], self.condition(F.relu(features))), dim=1)
+        tokens = torch.cat(
+            (latents, step[:, None], self.condition(F.relu(features) if self.config.relu else features)), dim=1
+        )
         ignored = None
         if valid is not None:
             ignored = torch.cat((valid.new_zeros(len(valid), count + 1), ~valid), dim=1)

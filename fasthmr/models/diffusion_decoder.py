@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fasthmr.body import BodyModel, encode_pose
+from fasthmr.body.pose import Representation
 from fasthmr.models.denoiser import DenoiserConfig, LatentDenoiser
 from fasthmr.models.motion_prior import MotionPrior
 from fasthmr.models.motion_vae import MotionVAEConfig
@@ -20,6 +22,9 @@ from fasthmr.models.sampler import DiffusionConfig, LatentDiffusion
 _LEAST_DEVIATION = 1e-3
 #: of the noise that sampling starts from
 _NOISE_SEED = 0
+
+#: of the denoiser's last norm before training, where it predicts corrections
+_FIRST_GAIN = 0.1
 
 _Config = TypeVar("_Config", MotionVAEConfig, DenoiserConfig, DiffusionConfig)
 
@@ -73,6 +78,9 @@ class DiffusionDecoder(nn.Module):
     read out linearly, and so has any size. The noise that sampling starts from is a fixed draw, saved with the weights,
     so that a result depends on nothing but the features.
 
+    With `diffusion.residual` it starts from what the encoder says: the prior's latents of the encoder's own poses,
+    which the prior makes smooth, and learns their correction. Those poses are part of what it reads (`conditions`).
+
     Args:
         config: sizes.
         encoder: id of the encoder whose features it reads (`fasthmr.checkpoint.encoder_id`); None while there is none.
@@ -88,6 +96,9 @@ class DiffusionDecoder(nn.Module):
         self.config, self.encoder = config, encoder
         self.prior = MotionPrior(config.prior).requires_grad_(False)
         self.denoiser = LatentDenoiser(config.denoiser)
+        if config.diffusion.residual:
+            # Corrections begin small: the last norm would make them as large as all that is wrong with the poses.
+            nn.init.constant_(self.denoiser.transformer.norm.weight, _FIRST_GAIN)
         self.register_buffer("feature_mean", torch.zeros(config.denoiser.feature_dim))
         self.register_buffer("feature_deviation", torch.ones(config.denoiser.feature_dim))
         self.register_buffer("latent_scale", torch.ones(()))
@@ -104,9 +115,34 @@ class DiffusionDecoder(nn.Module):
         return self.config.prior.window
 
     @property
+    def representation(self) -> Representation:
+        """What the numbers of its poses are."""
+        return self.config.prior.representation
+
+    @property
     def feature_dim(self) -> int:
-        """Width of a frame's feature."""
+        """Width of what it reads of a frame: the encoder's feature, and with `residual` the numbers of its pose."""
         return self.config.denoiser.feature_dim
+
+    @property
+    def encoder_dim(self) -> int:
+        """Width of the encoder's feature."""
+        return self.feature_dim - (self.config.prior.pose_dim if self.config.diffusion.residual else 0)
+
+    def conditions(self, features: Tensor, rotations: Tensor, betas: Tensor, body: BodyModel) -> Tensor:
+        """What the decoder reads, (..., feature_dim), of what an encoder says.
+
+        Args:
+            features: (..., encoder_dim).
+            rotations: (..., 24, 3, 3) and betas: (..., 10) the encoder's own.
+            body: of both.
+        """
+        if not self.config.diffusion.residual:
+            return features
+        with torch.autocast(features.device.type, enabled=False):
+            # Frames without a person hold no rotations; they are not read, but a NaN would get into their neighbours.
+            poses = encode_pose(rotations, betas, body, self.representation).nan_to_num()
+        return torch.cat((features, poses.to(features.dtype)), dim=-1)
 
     def train(self, mode: bool = True) -> DiffusionDecoder:
         """Training or evaluation mode of all but the prior, which stays in evaluation mode."""
@@ -120,7 +156,7 @@ class DiffusionDecoder(nn.Module):
 
         Args:
             features: (B, T, feature_dim).
-            poses: (B, T, 133) the true ones.
+            poses: (B, T, pose_dim) the true ones.
             valid: (B, T) bool.
 
         Raises:
@@ -134,13 +170,23 @@ class DiffusionDecoder(nn.Module):
         self.feature_mean.copy_(features[valid].mean(0))
         self.feature_deviation.copy_(features[valid].std(0).clamp_min(_LEAST_DEVIATION))
         self.latent_scale.fill_(1.0)
-        self.latent_scale.copy_(self.latents(poses, valid).std())
+        self.latent_scale.copy_(self.latents(features, poses, valid).std())
 
     @torch.no_grad()
-    def latents(self, poses: Tensor, valid: Tensor | None = None) -> Tensor:
-        """What is diffused: the prior's mean latents of true poses (B, T, 133), over their scale: (B, latents, D)."""
+    def latents(self, features: Tensor, poses: Tensor, valid: Tensor | None = None) -> Tensor:
+        """What is diffused, (B, latents, D): the prior's mean latents of poses (B, T, pose_dim), over their scale; with
+        `residual` less those of the encoder's poses."""
+        return (self._encoded(poses, valid) - self._start(features, valid)) / self.latent_scale
+
+    def _start(self, features: Tensor, valid: Tensor | None) -> Tensor | float:
+        """The latents that a correction is added to: of the encoder's own poses, or 0."""
+        if not self.config.diffusion.residual:
+            return 0.0
+        return self._encoded(features[..., self.encoder_dim :], valid)
+
+    def _encoded(self, poses: Tensor, valid: Tensor | None) -> Tensor:
         with torch.autocast(poses.device.type, enabled=False):
-            return self.prior.encode(poses.float(), valid).mean / self.latent_scale
+            return self.prior.encode(poses.float(), valid).mean
 
     def loss(
         self, features: Tensor, poses: Tensor, valid: Tensor | None = None, generator: torch.Generator | None = None
@@ -149,14 +195,17 @@ class DiffusionDecoder(nn.Module):
 
         Args:
             features: (B, T, feature_dim) of the frames.
-            poses: (B, T, 133) the true ones, `fasthmr.body.encode_pose`.
+            poses: (B, T, pose_dim) the true ones, `fasthmr.body.encode_pose`.
             valid: (B, T) bool, False for padding and frames without labels; None: all.
             generator: of noise and diffusion steps, on the features' device; None: torch's own.
         """
-        latents = self.latents(poses, valid)
+        latents = self.latents(features, poses, valid)
         noise = torch.empty_like(latents).normal_(generator=generator)
-        steps = self.config.diffusion.steps
+        steps, share = self.config.diffusion.steps, self.config.diffusion.last_step_share
         time = torch.randint(steps, (len(latents),), generator=generator, device=latents.device)
+        if share:
+            last = torch.rand(len(latents), generator=generator, device=latents.device) < share
+            time = time.masked_fill(last, steps - 1)
         noisy = self.diffusion.noisy(latents, noise, time)
         return self.diffusion.loss(self._predict(noisy, time, features, valid), latents, noise, time)
 
@@ -173,7 +222,7 @@ class DiffusionDecoder(nn.Module):
             noise: (B, latents, D) standard normal to start from; None: the decoder's own, the same for every window.
 
         Returns:
-            (B, T, 133), which `fasthmr.body.decode_pose` turns into rotations.
+            (B, T, pose_dim), which `fasthmr.body.decode_pose` turns into rotations.
 
         Raises:
             ValueError: a shape does not fit, or a number of steps that cannot be.
@@ -185,7 +234,8 @@ class DiffusionDecoder(nn.Module):
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape}, got {tuple(noise.shape)}")
         latents = self.diffusion.sample(lambda z, t: self._predict(z, t, features, valid), noise, steps)
-        return self.prior.decode(latents * self.latent_scale, features.shape[1], valid)
+        latents = self._start(features, valid) + latents * self.latent_scale
+        return self.prior.decode(latents, features.shape[1], valid)
 
     def _predict(self, latents: Tensor, time: Tensor, features: Tensor, valid: Tensor | None) -> Tensor:
         self._require_features(features)

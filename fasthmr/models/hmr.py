@@ -1,4 +1,4 @@
-"""HMR: person crop in, SMPL pose, shape and camera out, one frame at a time (HMR2.0's architecture, any size)."""
+"""HMR: person crop in, SMPL pose, shape and camera out, frame by frame (HMR2.0's or CameraHMR's architecture)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fasthmr.conventions import CROP_PX, NUM_JOINTS
 from fasthmr.geometry.boxes import TokenGrid
 from fasthmr.geometry.rotations import rotation_6d_to_matrix
 from fasthmr.merging import LayerMergePlan, MergedTokens, TokenMerging, collapse
-from fasthmr.models.smpl_head import MeanParameters, SMPLHead
+from fasthmr.models.smpl_head import BOX_INFO_DIM, MeanParameters, SMPLHead
 from fasthmr.models.vit import PATCH_PADDING_PX, ViT
 
 #: columns cut off on each side of the square crop: people are upright, and the backbone was trained on 256 x 192.
@@ -31,12 +31,16 @@ TOKEN_GRID = TokenGrid(
     crop_px=CROP_PX,
 )
 
+#: whose head: CameraHMR's is told where the crop was in the image, and how the camera sees
+Architecture = Literal["hmr2", "camerahmr"]
+
 
 @dataclass(frozen=True)
 class HMRConfig:
     """Sizes of an `HMR`; the defaults are HMR2.0's (ViT-H, 670 M parameters).
 
     Args:
+        architecture: "hmr2" or "camerahmr"; they differ in the head alone.
         vit_dim: width of the image tokens, a multiple of 4.
         vit_depth: layers of the backbone.
         vit_heads: attention heads of the backbone; they divide `vit_dim`.
@@ -55,6 +59,7 @@ class HMRConfig:
         ValueError: a size is not a positive whole number, or does not fit another; names the field.
     """
 
+    architecture: Architecture = "hmr2"
     vit_dim: int = 1280
     vit_depth: int = 32
     vit_heads: int = 16
@@ -69,9 +74,11 @@ class HMRConfig:
     token_merging: TokenMerging | None = None
 
     def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise ValueError(f"architecture must be one of {get_args(Architecture)}, got {self.architecture!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "token_merging":
+            if field.name in ("architecture", "token_merging"):
                 continue
             if field.name in ("drop_path", "head_dropout"):
                 valid, wanted = _is_number(value) and 0 <= value < 1, "a number in [0, 1)"
@@ -92,6 +99,11 @@ class HMRConfig:
     def hmr2(cls) -> HMRConfig:
         """HMR2.0's size: ViT-H and a 1024-d feature, 670,459,037 parameters."""
         return cls()
+
+    @classmethod
+    def camerahmr(cls) -> HMRConfig:
+        """CameraHMR's size, without the network for its intrinsics: 670,712,053 parameters."""
+        return cls(architecture="camerahmr")
 
     @classmethod
     def tiny(cls) -> HMRConfig:
@@ -145,7 +157,9 @@ class HMROutput(NamedTuple):
 
 
 class HMR(nn.Module):
-    """HMR2.0 (Goel et al. 2023): ViT backbone and transformer head. It owns no body model.
+    """HMR2.0 (Goel et al. 2023) or CameraHMR (Patel and Black 2025): ViT backbone and transformer head.
+
+    It owns no body model.
 
     `merge_plan` says which layers of the backbone became one; it is changed by `merge_layers` alone.
 
@@ -174,6 +188,7 @@ class HMR(nn.Module):
             head_dim=config.head_dim_head,
             mlp_dim=config.head_mlp_dim,
             context_dim=config.vit_dim,
+            camera=config.architecture == "camerahmr",
             dropout=config.head_dropout,
             mean=mean,
         )
@@ -204,7 +219,7 @@ class HMR(nn.Module):
         self.config = dataclasses.replace(self.config, token_merging=settings)
         self.backbone.token_merging = settings
 
-    def forward(self, images: Tensor, person_mask: Tensor | None = None, camera: object | None = None) -> HMROutput:
+    def forward(self, images: Tensor, person_mask: Tensor | None = None, box_info: Tensor | None = None) -> HMROutput:
         """Predict each crop.
 
         Args:
@@ -212,10 +227,11 @@ class HMR(nn.Module):
                 columns are used.
             person_mask: (B, 256, 256) bool in the same crop: protects the person where tokens are merged by mask,
                 and is needed there. Checked, but not used, otherwise.
-            camera: what CameraHMR conditions on (box, image size, intrinsics); HMR2.0 takes none.
+            box_info: (B, 3) where the crop was, as `fasthmr.geometry.cameras.box_info` says it. CameraHMR needs it;
+                for HMR2.0 it is checked, but not used.
 
         Raises:
-            ValueError: a shape or type is wrong, `camera` was given, or the mask that the model needs was not.
+            ValueError: a shape or type is wrong, or the mask or box that the model needs was not given.
         """
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, CROP_PX, CROP_PX) or not images.is_floating_point():
             raise ValueError(
@@ -224,11 +240,8 @@ class HMR(nn.Module):
             )
         if person_mask is not None:
             _check_person_mask(person_mask, len(images))
-        if camera is not None:
-            raise ValueError("this model is HMR2.0's and takes no camera, got one: pass camera=None")
-
         state = self.backbone(middle_columns(images), self.person_tokens(person_mask))
-        return self.read_out(state)
+        return self.read_out(state, box_info)
 
     def person_tokens(self, person_mask: Tensor | None) -> Tensor | None:
         """(B, 256, 256) bool -> (B, 192) bool, which tokens merging protects; None where it protects none.
@@ -246,9 +259,11 @@ class HMR(nn.Module):
             )
         return token_mask(person_mask, settings.person_share)
 
-    def read_out(self, state: MergedTokens) -> HMROutput:
-        """Decode the backbone's tokens."""
-        decoded = self.smpl_head(state.tokens)
+    def read_out(self, state: MergedTokens, box_info: Tensor | None = None) -> HMROutput:
+        """Decode the backbone's tokens; `box_info` as for `forward`."""
+        if box_info is not None and tuple(box_info.shape) != (len(state.tokens), BOX_INFO_DIM):
+            raise ValueError(f"box_info must be ({len(state.tokens)}, {BOX_INFO_DIM}), got {tuple(box_info.shape)}")
+        decoded = self.smpl_head(state.tokens, box_info)
         with torch.autocast(state.tokens.device.type, enabled=False):
             rotations = rotation_6d_to_matrix(decoded.pose6d.unflatten(-1, (NUM_JOINTS, 6)))
         return HMROutput(

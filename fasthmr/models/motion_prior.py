@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fasthmr.body.pose import pose_dim
 from fasthmr.models.motion_vae import LatentMotion, MotionVAE, MotionVAEConfig
 
 #: deviations below this are replaced by it: the pelvis is always zero, and in some motion sets hands never turn
@@ -15,7 +16,10 @@ class MotionPrior(nn.Module):
     """A motion VAE and the statistics that its input is normalised with, which are saved with it.
 
     Args:
-        config: sizes of the VAE.
+        config: sizes of the VAE, and what its numbers are (`fasthmr.body.pose`).
+
+    Raises:
+        ValueError: the representation's poses have another number of numbers than the VAE's.
     """
 
     mean: Tensor
@@ -23,6 +27,8 @@ class MotionPrior(nn.Module):
 
     def __init__(self, config: MotionVAEConfig) -> None:
         super().__init__()
+        if config.pose_dim != (dim := pose_dim(config.representation)):
+            raise ValueError(f"pose_dim must be {dim} for {config.representation}, got {config.pose_dim}")
         self.config = config
         self.vae = MotionVAE(config)
         self.register_buffer("mean", torch.zeros(config.pose_dim))

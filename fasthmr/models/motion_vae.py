@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fasthmr.models.skip_transformer import SkipTransformer
+from fasthmr.body.pose import Representation, pose_dim
+from fasthmr.models.skip_transformer import SkipTransformer, sinusoids
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,13 @@ class MotionVAEConfig:
         heads: attention heads.
         mlp_dim: hidden width of the feed-forward networks.
         dropout: in training.
+        log_variance_offset: added to the latents' log-variance. The encoder's last norm gives means and log-variances
+            one spread, so without it (MLD, FastHMR) training starts with as much noise as signal, and takes thousands
+            of steps to be rid of it.
+        representation: what the numbers of a frame are; the network itself does not mind (`MotionPrior` does).
 
     Raises:
-        ValueError: a size is not a positive whole number; names it.
+        ValueError: a size is not a positive whole number, or there is no such representation; names it.
     """
 
     pose_dim: int = 133
@@ -38,6 +44,8 @@ class MotionVAEConfig:
     heads: int = 4
     mlp_dim: int = 1024
     dropout: float = 0.1
+    log_variance_offset: float = 0.0
+    representation: Representation = "joints_twists"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -45,6 +53,11 @@ class MotionVAEConfig:
             if field.name == "dropout":
                 if not 0 <= value < 1:
                     raise ValueError(f"dropout must be in [0, 1), got {value}")
+            elif field.name == "log_variance_offset":
+                if not math.isfinite(value):
+                    raise ValueError(f"log_variance_offset must be a finite number, got {value}")
+            elif field.name == "representation":
+                pose_dim(value)
             elif type(value) is not int or value < 1:
                 raise ValueError(f"{field.name} must be a positive whole number, got {value!r}")
 
@@ -71,7 +84,7 @@ class LatentMotion(NamedTuple):
 
 class MotionVAE(nn.Module):
     """Encoder: [2 x latents distribution tokens | frames] -> mean and log-variance; decoder: empty frames that attend
-    to the latents -> frames. Positions are learned and added once.
+    to the latents -> frames. Positions are learned, from sinusoids on, and added once.
 
     Motions shorter than the window are padded; padding is not attended to and comes out as zero.
     """
@@ -82,9 +95,10 @@ class MotionVAE(nn.Module):
         size = (config.dim, config.depth, config.heads, config.mlp_dim, config.dropout)
         self.embed = nn.Linear(config.pose_dim, config.dim)
         self.distribution_tokens = nn.Parameter(torch.randn(2 * config.latents, config.dim))
-        self.encoder_positions = nn.Parameter(torch.rand(2 * config.latents + config.window, config.dim))
+        frames = sinusoids(config.window, config.dim)
+        self.encoder_positions = nn.Parameter(torch.cat((torch.zeros(2 * config.latents, config.dim), frames)))
         self.encoder = SkipTransformer(*size)
-        self.decoder_positions = nn.Parameter(torch.rand(config.window, config.dim))
+        self.decoder_positions = nn.Parameter(frames.clone())
         self.decoder = SkipTransformer(*size, memory=True)
         self.readout = nn.Linear(config.dim, config.pose_dim)
 
@@ -105,7 +119,8 @@ class MotionVAE(nn.Module):
             ignored = torch.cat((valid.new_zeros(len(valid), tokens.shape[1]), ~valid), dim=1)
         sequence = torch.cat((tokens, self.embed(motion)), dim=1)
         sequence = sequence + self.encoder_positions[: tokens.shape[1] + frames]
-        return LatentMotion(*self.encoder(sequence, ignored)[:, : tokens.shape[1]].chunk(2, dim=1))
+        mean, log_variance = self.encoder(sequence, ignored)[:, : tokens.shape[1]].chunk(2, dim=1)
+        return LatentMotion(mean, log_variance + self.config.log_variance_offset)
 
     def decode(self, latents: Tensor, frames: int | None = None, valid: Tensor | None = None) -> Tensor:
         """Normalised motion of latents.

@@ -13,6 +13,11 @@ from fasthmr.models.layers import CrossAttention, FeedForward, SelfAttention, in
 NORM_EPS = 1e-5
 POSE6D_DIM = 6 * NUM_JOINTS
 CAMERA_DIM = 3
+#: what CameraHMR's query token is made of: the box as `fasthmr.geometry.cameras.box_info` gives it, and the means
+BOX_INFO_DIM = 3
+CAMERAHMR_TOKEN_DIM = BOX_INFO_DIM + POSE6D_DIM + NUM_BETAS + CAMERA_DIM
+#: keypoints of CameraHMR's additional read-out (25 of OpenPose and 19 more)
+CAMERAHMR_KEYPOINTS = 44
 #: gain of the read-outs' start: an untrained head predicts the mean parameters, nearly.
 READOUT_GAIN = 0.01
 
@@ -37,12 +42,14 @@ def default_mean_parameters() -> MeanParameters:
 
 
 class HeadOutput(NamedTuple):
-    """feature (B, D): the token before its read-outs; pose6d (B, 144), betas (B, 10), camera (B, 3); all float32."""
+    """feature (B, D): the token before its read-outs; pose6d (B, 144), betas (B, 10), camera (B, 3); keypoints (B, K,
+    2), None where the head has no such read-out; all float32."""
 
     feature: Tensor
     pose6d: Tensor
     betas: Tensor
     camera: Tensor
+    keypoints: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -66,7 +73,8 @@ class DecoderLayer(nn.Module):
 
 
 class SMPLHead(nn.Module):
-    """HMR2.0's head (`4D-Humans/hmr2/models/heads/smpl_head.py`), of any size and for any number of image tokens.
+    """HMR2.0's head (`4D-Humans/hmr2/models/heads/smpl_head.py`), of any size and for any number of image tokens; or
+    CameraHMR's (`CameraHMR/core/heads/smpl_head_cliff.py`), which is told where the crop was.
 
     Args:
         dim: width D of the query token, and so of the feature.
@@ -75,7 +83,8 @@ class SMPLHead(nn.Module):
         head_dim: width of one head.
         mlp_dim: hidden width of the feed-forward networks.
         context_dim: width of the image tokens.
-        token_dim: length of the vector that the query token is made of; HMR2.0's is a single zero.
+        camera: CameraHMR's head: its query token is made of the box and the mean parameters, where HMR2.0's is made of
+            a single zero, and it has a read-out of keypoints, which is carried along, but not trained.
         dropout: after each branch and inside the feed-forward networks.
         mean: mean parameters to start from; buffers of the state dict, so that a checkpoint brings its own.
     """
@@ -92,12 +101,12 @@ class SMPLHead(nn.Module):
         head_dim: int,
         mlp_dim: int,
         context_dim: int,
-        token_dim: int = 1,
+        camera: bool = False,
         dropout: float = 0.0,
         mean: MeanParameters | None = None,
     ) -> None:
         super().__init__()
-        self.token_embed = nn.Linear(token_dim, dim)
+        self.token_embed = nn.Linear(CAMERAHMR_TOKEN_DIM if camera else 1, dim)
         self.token_pos = nn.Parameter(torch.zeros(1, 1, dim))
         self.layers = nn.ModuleList(
             DecoderLayer(dim, context_dim, heads, head_dim, mlp_dim, dropout) for _ in range(depth)
@@ -105,6 +114,8 @@ class SMPLHead(nn.Module):
         self.decpose = nn.Linear(dim, POSE6D_DIM)
         self.decshape = nn.Linear(dim, NUM_BETAS)
         self.deccam = nn.Linear(dim, CAMERA_DIM)
+        # No loss of ours reads it; a parameter without a gradient would stop distributed training.
+        self.deckp = nn.Linear(dim, 2 * CAMERAHMR_KEYPOINTS).requires_grad_(False) if camera else None
         mean = mean if mean is not None else default_mean_parameters()
         self.register_buffer("init_body_pose", _mean_row("pose6d", mean.pose6d, POSE6D_DIM))
         self.register_buffer("init_betas", _mean_row("betas", mean.betas, NUM_BETAS))
@@ -115,16 +126,17 @@ class SMPLHead(nn.Module):
         for readout in (self.decpose, self.decshape, self.deccam):
             nn.init.xavier_uniform_(readout.weight, gain=READOUT_GAIN)
 
-    def forward(self, context: Tensor, token: Tensor | None = None) -> HeadOutput:
+    def forward(self, context: Tensor, box_info: Tensor | None = None) -> HeadOutput:
         """Decode image tokens.
 
         Args:
             context: (B, N, context_dim), any N.
-            token: (B, token_dim) that the query token is made of; None is HMR2.0's zero.
+            box_info: (B, 3) of `fasthmr.geometry.cameras.box_info`, which CameraHMR's head needs; HMR2.0's ignores it.
+
+        Raises:
+            ValueError: it is needed and missing.
         """
-        if token is None:
-            token = context.new_zeros(len(context), self.token_embed.in_features)
-        query = (self.token_embed(token) + self.token_pos[:, 0])[:, None]
+        query = (self.token_embed(self._token(context, box_info)) + self.token_pos[:, 0])[:, None]
         for layer in self.layers:
             query = layer(query, context)
         # bf16 would round poses to 3 digits, so the read-outs, which cost next to nothing, stay in float32.
@@ -135,7 +147,20 @@ class SMPLHead(nn.Module):
                 pose6d=self.decpose(feature) + self.init_body_pose,
                 betas=self.decshape(feature) + self.init_betas,
                 camera=self.deccam(feature) + self.init_cam,
+                keypoints=None if self.deckp is None else self.deckp(feature).unflatten(-1, (-1, 2)),
             )
+
+    def _token(self, context: Tensor, box_info: Tensor | None) -> Tensor:
+        """What the query token is made of: (B, 1) or (B, 160)."""
+        if self.deckp is None:
+            return context.new_zeros(len(context), 1)
+        if box_info is None:
+            raise ValueError(
+                "this model is CameraHMR's and is told where the crop was: pass box_info "
+                "(fasthmr.geometry.cameras.box_info of box, image size and focal length)"
+            )
+        means = torch.cat((self.init_body_pose, self.init_betas, self.init_cam), dim=-1)
+        return torch.cat((box_info, means.expand(len(context), -1)), dim=-1).to(context.dtype)
 
 
 def _mean_row(name: str, value: Tensor, length: int) -> Tensor:

@@ -45,26 +45,35 @@ def overlay_mesh(
 
 
 def side_view(
-    vertices: np.ndarray, faces: np.ndarray, size_px: int, color: tuple[float, float, float] = (0.55, 0.75, 0.95)
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    size_px: int,
+    color: tuple[float, float, float] = (0.55, 0.75, 0.95),
+    middle: np.ndarray | None = None,
+    extent_m: float | None = None,
 ) -> np.ndarray:
     """The mesh on white, seen from the camera's right: turned by 90 degrees about the camera's vertical axis.
 
     Args:
-        vertices: (V,3) metres in a frame with y down, such as the camera frame; the mesh is centred and fitted.
+        vertices: (V,3) metres in a frame with y down, such as the camera frame.
         faces: (F,3).
         size_px: side of the result.
         color: RGB in [0,1].
+        middle: (3,) what is at the picture's centre; None: the middle of the mesh.
+        extent_m: metres that 0.9 of the picture's side show; None: as many as fit the mesh. Both are given for videos,
+            where a picture fitted to every frame would jump.
 
     Returns:
         (size_px,size_px,3) uint8 RGB.
     """
-    middle = (vertices.min(0) + vertices.max(0)) / 2
+    middle = (vertices.min(0) + vertices.max(0)) / 2 if middle is None else middle
     x, y, z = (vertices - middle).T
     # What was in front of the person (towards the first camera) is now on the left.
     turned = np.stack([z, y, -x], axis=1)
-    extent = max(float(np.ptp(turned[:, 0])), float(np.ptp(turned[:, 1])), 1e-3)
-    distance = 10 * extent  # far enough to look orthographic
+    if extent_m is None:
+        extent_m = max(float(np.ptp(turned[:, 0])), float(np.ptp(turned[:, 1])), 1e-3)
+    distance = 10 * extent_m  # far enough to look orthographic
     turned[:, 2] += distance
-    focal_px = 0.9 * size_px * distance / extent
+    focal_px = 0.9 * size_px * distance / extent_m
     white = np.full((size_px, size_px, 3), 255, np.uint8)
     return overlay_mesh(white, turned, faces, focal_px, (size_px / 2, size_px / 2), color, opacity=1.0)

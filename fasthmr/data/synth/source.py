@@ -222,6 +222,7 @@ class SynthSource:
             **self._labels(subject, camera),
             status=dict.fromkeys(LABELS, "ground_truth"),
             full_frames=full,
+            gender="neutral",
         )
 
     def _windows(self) -> MotionFolder:

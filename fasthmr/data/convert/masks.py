@@ -1,0 +1,67 @@
+"""Masks that data sets bring along: BEDLAM's layers of each person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
+from fasthmr.data.convert.reading import ConvertError, Picture, read_picture
+
+_LAYERS = ("body", "clothing", "hair")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """BEDLAM's masks: for each picture STEM the files STEM_NN_LAYER.png, white where that layer of person NN shows.
+
+    NN counts people, and nothing in the labels says whom: the tracked person is the one whose layers lie on most of the
+    labelled joints.
+
+    Args:
+        folder: of the scene.
+        stems: of the T pictures, with their folder.
+        points: (T,J,2) the person's joints, px of the upright picture.
+        quarter_turns: clockwise turns that bring the pictures upright.
+    """
+
+    folder: Path
+    stems: Sequence[str]
+    points: np.ndarray
+    quarter_turns: int
+
+    def __call__(self, frame: int) -> np.ndarray:
+        """Instances (H,W) uint8 of the upright picture.
+
+        Raises:
+            ConvertError: the picture has no masks, or the person is on none of them.
+        """
+        stem = Path(self.stems[frame])
+        people: dict[str, np.ndarray] = {}
+        for layer in _LAYERS:
+            for path in sorted((self.folder / stem.parent).glob(f"{stem.name}_??_{layer}.png")):
+                shown = read_picture(self.folder, Picture(path.relative_to(self.folder).as_posix()))[..., 0] > 127
+                who = path.name.removeprefix(f"{stem.name}_")[:2]
+                people[who] = people[who] | shown if who in people else shown
+        if not people:
+            raise ConvertError(f"{self.folder / stem}_*_body.png are missing: the scene has masks, this picture none")
+        upright = {who: np.rot90(shown, -self.quarter_turns) for who, shown in people.items()}
+        on_joints = {who: share_on(shown, self.points[frame]) for who, shown in upright.items()}
+        subject = max(on_joints, key=lambda who: on_joints[who])
+        label = np.zeros(next(iter(upright.values())).shape, np.uint8)
+        for who, shown in upright.items():
+            label[shown] = MASK_SUBJECT if who == subject and on_joints[who] > 0 else MASK_OTHER
+        return label
+
+
+def share_on(shown: np.ndarray, points: np.ndarray) -> float:
+    """Share of points (J,2) px that lie on a mask."""
+    if not len(points):
+        return 0.0
+    x, y = np.rint(points).astype(int).T
+    height, width = shown.shape
+    inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    return float(shown[y[inside], x[inside]].sum() / len(points))

@@ -1,0 +1,305 @@
+"""The common loop of all converters: what is there, cut into clips, written as shards, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from fasthmr.body import BodyModel
+from fasthmr.data.convert.reading import ConvertError, inside
+from fasthmr.data.convert.track import Crops, Track, make_clip
+from fasthmr.data.index import Manifest, ShardIndex
+from fasthmr.data.schema import Clip, Gender
+from fasthmr.data.shards import Dropped
+
+#: raised whenever the same download gives other clips than before
+_VERSION = 1
+#: how many of a kind are named in a report
+_NAMED = 5
+#: name of the report in a converted set
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Need:
+    """A part of a download: where it lies under the root (a pattern of `Path.glob`), what it is, where it is from."""
+
+    pattern: str
+    what: str
+    source: str
+
+
+class ForeignSet(Protocol):
+    """A data set as its makers distribute it. Frozen dataclasses: hashable, and pickled to worker processes.
+
+    Attributes:
+        root: where the user put it.
+        split: which part of it.
+        title, licence: for people.
+        splits: the parts there are; the first is the default.
+        longest: frames of the longest clip by default; 0: whole tracks, for sets that are evaluated on.
+    """
+
+    title: ClassVar[str]
+    licence: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]]
+    longest: ClassVar[int]
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def split(self) -> str: ...
+
+    def needs(self) -> Sequence[Need]:
+        """What must be there."""
+        ...
+
+    def units(self) -> list[str]:
+        """The label files, relative to the root: what is read at once, and dealt out to the jobs of a cluster."""
+        ...
+
+    def open(self, unit: str) -> Sequence[Track]:
+        """The tracks of a unit, made when asked for; no picture is read.
+
+        Raises:
+            ConvertError: the unit is damaged, or not of this format.
+        """
+        ...
+
+
+def check(foreign: ForeignSet) -> None:
+    """Look for what must be there.
+
+    Raises:
+        ConvertError: naming all that is missing, and where it is to be had.
+    """
+    if foreign.split not in foreign.splits:
+        raise ConvertError(f"split must be one of {', '.join(foreign.splits)}, got {foreign.split!r}")
+    if not foreign.root.is_dir():
+        raise ConvertError(f"there is no folder {foreign.root}: {foreign.title} goes there (docs/convert.md)")
+    missing = [n for n in foreign.needs() if next(foreign.root.glob(n.pattern), None) is None]
+    if missing:
+        told = "; ".join(f"{n.pattern} ({n.what}, from {n.source})" for n in missing)
+        raise ConvertError(f"{foreign.root} lacks {told}. {foreign.licence}")
+
+
+@dataclass
+class Report:
+    """What became of a download. `dropped`: reason -> how often; `named`: reason -> the first few."""
+
+    units: int = 0
+    tracks: int = 0
+    clips: int = 0
+    frames: int = 0
+    frames_without_labels: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    named: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, name: str, times: int = 1) -> None:
+        """Count something that is left out."""
+        self.dropped[reason] += times
+        named = self.named.setdefault(reason, [])
+        if len(named) < _NAMED:
+            named.append(name)
+
+    def add(self, other: Report) -> None:
+        """Add what another job counted."""
+        for name in ("units", "tracks", "clips", "frames", "frames_without_labels"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, times in other.dropped.items():
+            self.dropped[reason] += times
+            self.named[reason] = (self.named.get(reason, []) + other.named.get(reason, []))[:_NAMED]
+
+    def lines(self) -> Iterator[str]:
+        """The report for people."""
+        yield f"{self.units} label files, {self.tracks} tracks -> {self.clips} clips, {self.frames} frames"
+        if self.frames_without_labels:
+            yield f"{self.frames_without_labels} frames are kept without labels: the set says so, or they hold NaN"
+        for reason, times in sorted(self.dropped.items()):
+            more = ", ..." if times > len(self.named[reason]) else ""
+            yield f"left out: {times} x {reason}: {', '.join(self.named[reason])}{more}"
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        content = json.loads((folder / REPORT).read_text())
+        return cls(**content | {"dropped": Counter(content["dropped"])})
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self), indent=1)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A clip to be: frames `first` to `last` of track number `track` of a unit."""
+
+    unit: str
+    track: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The clips that a download will make, and what was left out of them so far."""
+
+    pieces: list[_Piece]
+    genders: list[Gender]
+    report: Report
+    missing: int
+
+
+def plan(foreign: ForeignSet, units: Sequence[str], longest: int, workers: int = 1, progress: bool = False) -> Plan:
+    """Read all labels once, look which pictures are there, and cut tracks into clips.
+
+    Raises:
+        ConvertError: a label file is damaged, or not of this format.
+    """
+    total = Plan([], [], Report(), 0)
+    pieces, genders, missing = total.pieces, set(), 0
+    with map_in_processes(min(workers, len(units))) as apply:
+        jobs = apply(_plan_unit, [(foreign, unit, longest) for unit in units])
+        for part in tqdm(jobs, total=len(units), unit="file", desc="reading labels", disable=not progress):
+            pieces += part.pieces
+            genders |= {*part.genders}
+            missing += part.missing
+            total.report.add(part.report)
+    return Plan(pieces, sorted(genders), total.report, missing)
+
+
+@contextmanager
+def map_in_processes(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map`, in this process or in several; the results come in order."""
+    if workers <= 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _plan_unit(job: tuple[ForeignSet, str, int]) -> Plan:
+    foreign, unit, longest = job
+    report, pieces, genders, missing = Report(units=1), [], set(), 0
+    there = _Listing(foreign.root)
+    for number, track in enumerate(foreign.open(unit)):
+        report.tracks += 1
+        usable = np.array([picture.size is not None or there.has(picture.path) for picture in track.pictures])
+        missing += int((~usable).sum())
+        if not usable.all():
+            name = track.pictures[int(np.argmin(usable))].path
+            report.drop("missing picture", name, int((~usable).sum()))
+        found = list(track.pieces(longest, usable))
+        pieces += [_Piece(unit, number, first, last) for first, last in found]
+        report.clips += len(found)
+        report.frames += int(usable.sum())
+        report.frames_without_labels += int((usable & ~track.labelled()).sum())
+        genders.add(track.gender)
+    return Plan(pieces, sorted(genders), report, missing)
+
+
+class _Listing:
+    """Which files there are, one look at each folder: a stat each would be slow on network disks."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[Path, set[str]] = {}
+
+    def has(self, name: str) -> bool:
+        path = inside(self._root, name)
+        if path.parent not in self._folders:
+            try:
+                with os.scandir(path.parent) as entries:
+                    found = {e.name for e in entries}
+            except OSError:
+                found = set()
+            self._folders[path.parent] = found
+        return path.name in self._folders[path.parent]
+
+
+@lru_cache(maxsize=1)
+def _opened(foreign: ForeignSet, unit: str) -> Sequence[Track]:
+    return foreign.open(unit)
+
+
+class ConvertedSource:
+    """A `ClipSource` of the clips of a foreign set.
+
+    Args:
+        foreign: the set.
+        clips: from `plan`.
+        bodies: by gender; must have all that `clips.genders` lists.
+        crops: how crops are stored.
+    """
+
+    def __init__(self, foreign: ForeignSet, clips: Plan, bodies: Mapping[Gender, BodyModel], crops: Crops) -> None:
+        self._foreign, self._plan, self._bodies, self._crops = foreign, clips, dict(bodies), crops
+
+    def __len__(self) -> int:
+        return len(self._plan.pieces)
+
+    def make(self, index: int) -> Clip | Dropped:
+        """Clip `index`."""
+        piece = self._plan.pieces[index]
+        track = _opened(self._foreign, piece.unit)[piece.track]
+        return make_clip(track.part(piece.first, piece.last), self._foreign.root, self._bodies, self._crops)
+
+    def describe(self) -> dict[str, Any]:
+        """What the clips depend on: the label files by size, not by path."""
+        units = dict.fromkeys(piece.unit for piece in self._plan.pieces)
+        return {
+            "kind": type(self._foreign).__name__,
+            "version": _VERSION,
+            "split": self._foreign.split,
+            "body": self._bodies["neutral"].id,
+            "bodies": {g: b.id for g, b in self._bodies.items() if g != "neutral"},
+            "labels": [f"{unit}:{inside(self._foreign.root, unit).stat().st_size}" for unit in units],
+            "clips": len(self),
+            "frames": self._plan.report.frames,
+            **asdict(self._crops),
+        }
+
+    def seconds(self, clips: int = 3, frames: int = 60) -> tuple[float, list[Clip]]:
+        """Seconds that converting all will take on one core, from trying a few clips, and these clips."""
+        made, took, done = [], 0.0, 0
+        chosen = np.unique(np.linspace(0, len(self) - 1, clips).astype(int)).tolist()
+        for warm, index in enumerate([chosen[0], *chosen]):  # the first one is not timed: pictures come from the disk
+            piece = self._plan.pieces[index]
+            track = _opened(self._foreign, piece.unit)[piece.track]
+            last = min(piece.last, piece.first + frames)
+            start = time.perf_counter()
+            clip = make_clip(track.part(piece.first, last), self._foreign.root, self._bodies, self._crops)
+            if warm:
+                took += time.perf_counter() - start
+                done += last - piece.first
+                made += [clip] if isinstance(clip, Clip) else []
+        return took / done * self._plan.report.frames, made
+
+
+def written_report(planned: Report, folder: Path, manifest: Manifest) -> Report:
+    """The plan's report, with what writing the shards left out, and what they hold."""
+    total = Report()
+    total.add(planned)
+    total.clips, total.frames = manifest.clips, manifest.frames
+    for name in sorted(manifest.shards):
+        for why in ShardIndex.read(folder / name).dropped:
+            reason, _, what = why.partition(": ")
+            total.drop(reason, what)
+    return total

@@ -1,0 +1,116 @@
+"""Signals that ask a run to stop: SIGUSR1 and SIGTERM, heard from the first line of a command on.
+
+A cluster tells a job with a signal that its time is nearly up. It sends it to every process of the job, at any moment:
+in the middle of a step, while a checkpoint is written, while Python still imports. So nothing is done where it arrives.
+Both signals are blocked, in this process and in all that it starts (a loader's process must not die of one), and a
+thread waits for them:
+
+- While training is held (`hold`), it only notes what was asked. `callbacks.interrupt` looks at the end of each step.
+- Otherwise, e.g. while clips are made or the model is loaded, there is nothing to save that is not saved: it has the
+  job requeued and ends the process at once.
+
+A job asks to be requeued with FASTHMR_REQUEUE=1 in its environment. This file imports nothing slow: it comes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+log = logging.getLogger(__name__)
+
+#: exit code of a run that a signal stopped: the same command goes on (sysexits.h: EX_TEMPFAIL, "try again later")
+EXIT_CODE = 75
+SIGNALS = frozenset({signal.SIGUSR1, signal.SIGTERM})
+#: seconds that other processes leave the first one to have the job requeued
+_PATIENCE_S = 60
+
+_lock = threading.Lock()
+_asked: signal.Signals | None = None
+_held = False
+
+
+class Stopped(BaseException):
+    """A run has stopped as a signal asked, with a checkpoint to go on from. No error, so no `except Exception` has it.
+
+    Args:
+        by: the signal.
+    """
+
+    def __init__(self, by: signal.Signals) -> None:
+        super().__init__(f"stopped by {by.name}")
+        self.by = by
+
+
+def listen() -> None:
+    """Hear the signals from now on. Call it once, in the main thread, before other threads and processes start."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_hear, name="signals", daemon=True).start()
+
+
+def asked() -> signal.Signals | None:
+    """The signal that asked this process to stop, if one has."""
+    return _asked
+
+
+def ask(by: signal.Signals | None) -> None:
+    """Ask this process to stop at the end of its step; None: take that back."""
+    global _asked
+    _asked = by
+
+
+def hold(held: bool) -> None:
+    """Say whether there is progress to save before this process may end."""
+    global _held
+    with _lock:  # not while the other thread is leaving
+        _held = held
+
+
+def leave_if_asked() -> None:
+    """End the process if it was asked to stop when it was held, and had ended its training by itself before."""
+    if _asked in SIGNALS:
+        _leave()
+
+
+def _hear() -> None:
+    while True:
+        by = signal.Signals(signal.sigwait(SIGNALS))
+        with _lock:
+            if not _held:
+                log.warning("%s: there is nothing to save yet, leaving at once", by.name)
+                _leave()
+            if _asked is None:
+                log.warning("%s: stopping after this step, with a checkpoint", by.name)
+                ask(by)
+
+
+def _leave() -> None:
+    if requeue_wanted():
+        if int(os.environ.get("SLURM_PROCID", 0)) == 0:
+            requeue()
+        else:
+            time.sleep(_PATIENCE_S)  # SLURM ends a job step as soon as one of its processes has failed
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(EXIT_CODE)
+
+
+def requeue_wanted() -> bool:
+    """Whether this is a SLURM job that asks to be requeued."""
+    return os.environ.get("FASTHMR_REQUEUE") == "1" and "SLURM_JOB_ID" in os.environ
+
+
+def requeue() -> None:
+    """Have SLURM requeue this job; call it on one process. Failure is logged: the checkpoint is there all the same."""
+    job = os.environ["SLURM_JOB_ID"]  # of its own for each task of a job array, too
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
+        log.warning("job %s is requeued", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or error
+        log.warning("job %s could not be requeued (%s): submit it again, it will go on", job, str(told).strip())

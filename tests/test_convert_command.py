@@ -1,0 +1,359 @@
+"""`python -m fasthmr.shard convert`: says what is missing, goes on where it was killed, refuses hostile files."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import cv2
+import foreign_sets as foreign
+import numpy as np
+import pytest
+
+from fasthmr.body import BodyModel
+from fasthmr.data.convert import SETS
+from fasthmr.data.convert.reading import ConvertError, Picture, read_json, read_npz, read_pickle, read_picture
+from fasthmr.data.convert.source import Report
+from fasthmr.data.shards import ClipStore
+from fasthmr.data.synth.amass import MotionFolder
+from fasthmr.shard import main
+
+#: the camera and the pictures of the takes are small, for speed
+SIZE = (160, 120)
+
+
+def run(name: str, root: Path, out: Path, *options: str) -> int:
+    command = ["convert", name, "--root", str(root), "--out", str(out), "--workers", "1", "--clips_per_shard", "1"]
+    return main([*command, *options])
+
+
+@pytest.fixture(scope="module")
+def three_scenes(tmp_path_factory: pytest.TempPathFactory, free_body: BodyModel) -> Path:
+    """Three scenes of BEDLAM's format, one clip of two frames each."""
+    root = tmp_path_factory.mktemp("bedlam")
+    for number in range(3):
+        foreign.write_bedlam(root, f"scene{number}", foreign.take(free_body, frames=2, seed=number, size=SIZE))
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard*"))}
+
+
+# ---- what is not there ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SETS, "amass"])
+def test_an_incomplete_download_is_told_what_it_lacks_and_where_that_is(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    assert run(name, root, tmp_path / "out") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    root.mkdir()
+    assert run(name, root, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert " lacks " in error and ("http" in error or "github.com" in error) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gendered_labels_ask_for_their_bodies(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.write_emdb(tmp_path, foreign.take(free_body, frames=1, size=SIZE))
+    assert run("emdb", tmp_path, tmp_path / "out") == 2
+    assert "give --body_female" in capsys.readouterr().err
+
+
+def test_missing_pictures_are_counted_and_named_and_cut_the_track(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.write_bedlam(tmp_path, "scene", foreign.take(free_body, frames=4, size=SIZE))
+    gone = tmp_path / "images/scene/png/seq_000000/seq_000000_0005.png"
+    gone.unlink()
+    assert run("bedlam", tmp_path, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "1 of 4 pictures are missing" in error and gone.name in error
+    assert run("bedlam", tmp_path, tmp_path / "out", "--max_missing", "0.3") == 0
+    assert [frames for _, frames in ClipStore(tmp_path / "out").lengths()] == [1, 2]
+    report = Report.read(tmp_path / "out")
+    assert report.dropped == {"missing picture": 1} and (report.clips, report.frames) == (2, 3)
+    assert "left out: 1 x missing picture: images/scene" in capsys.readouterr().out
+
+
+def test_a_damaged_picture_costs_its_clip_and_is_reported(tmp_path: Path, free_body: BodyModel) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE)
+    foreign.write_bedlam(tmp_path, "good", made)
+    foreign.write_bedlam(tmp_path, "bad", made)
+    (tmp_path / "images/bad/png/seq_000000/seq_000000_0005.png").write_bytes(b"no picture")
+    assert run("bedlam", tmp_path, tmp_path / "out") == 0
+    assert len(ClipStore(tmp_path / "out")) == 1
+    (reason,) = Report.read(tmp_path / "out").dropped
+    assert reason == "a picture or mask that cannot be read"
+
+
+# ---- labels that cannot be used -------------------------------------------------------------------------------------
+
+
+def test_nan_labels_and_boxes_of_no_size_switch_frames_off(tmp_path: Path, free_body: BodyModel) -> None:
+    made = foreign.take(free_body, frames=4, size=SIZE)
+    pose = made.pose_in_camera.reshape(4, 72).copy()
+    pose[1, 30] = np.nan
+    scale = foreign.bedlam_labels(made, [""] * 4)["scale"]
+    scale[2] = 0.0
+    foreign.write_bedlam(tmp_path, "scene", made, pose_cam=pose, scale=scale)
+    assert run("bedlam", tmp_path, tmp_path / "out") == 0
+    (clip,) = ClipStore(tmp_path / "out")
+    assert clip.valid.tolist() == [True, False, True, True]
+    side = (made.boxes[:, 2:] - made.boxes[:, :2]).max(1)
+    assert clip.box_size[2] == pytest.approx(side[2], rel=0.03)  # the mesh's
+    assert Report.read(tmp_path / "out").frames_without_labels == 1
+
+
+def test_nobody_in_the_picture_is_no_clip(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE)
+    foreign.write_bedlam(tmp_path, "seen", made)
+    foreign.write_bedlam(tmp_path, "away", made, center=np.full((2, 2), 5000.0))
+    foreign.write_bedlam(tmp_path, "nan", made, trans_cam=np.full((2, 3), np.nan))
+    assert run("bedlam", tmp_path, tmp_path / "out") == 0
+    assert len(ClipStore(tmp_path / "out")) == 1
+    assert Report.read(tmp_path / "out").dropped == {"no frame with labels of somebody in the picture": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trans_cam": np.zeros((2, 2))}, "trans_cam must have shape (2, 3), got (2, 2)"),
+        ({"pose_cam": np.zeros((2, 60))}, "pose_cam must have shape (2, 165), got (2, 60)"),
+        ({"cam_int": np.zeros((1, 3, 3))}, "cam_int has 1 rows, imgname has 2"),
+        ({"imgname": np.array(["../../etc/passwd_0000.png"] * 2)}, "is no name of a file under"),
+        ({"imgname": np.array(["seq/first.png"] * 2)}, "imgname must end in a picture's number"),
+        ({"gender": np.array(["robot"] * 2)}, "gender must be one of neutral, male, female, got 'robot'"),
+    ],
+)
+def test_labels_of_another_format_are_an_error(
+    changes: dict, message: str, tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.write_bedlam(tmp_path, "scene", foreign.take(free_body, frames=2, size=SIZE), **changes)
+    assert run("bedlam", tmp_path, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_key_is_named_with_those_there_are(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE)
+    foreign.write_threedpw(tmp_path, [made], ["m"], np.ones((1, 2)), campose_valid=None)
+    command = (tmp_path, tmp_path / "out", "--body_male", "free")
+    assert run("threedpw", *command) == 2
+    assert "campose_valid must be a list" in capsys.readouterr().err
+
+
+# ---- going on, sharing, looking -------------------------------------------------------------------------------------
+
+
+def test_a_stopped_conversion_goes_on_with_the_same_bytes(three_scenes: Path, tmp_path: Path) -> None:
+    assert run("bedlam", three_scenes, tmp_path / "whole") == 0
+    assert run("bedlam", three_scenes, tmp_path / "stopped") == 0
+    before = contents(tmp_path / "stopped")
+    for name in ("manifest.json", "shard-000001.tar", "shard-000001.tar.idx"):
+        (tmp_path / "stopped" / name).unlink()
+    kept = (tmp_path / "stopped/shard-000000.tar").stat().st_mtime_ns
+    assert run("bedlam", three_scenes, tmp_path / "stopped") == 0
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole") == before
+    assert (tmp_path / "stopped/shard-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_jobs_of_a_cluster_make_one_set(three_scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bedlam", three_scenes, tmp_path / "whole") == 0
+    capsys.readouterr()
+    assert run("bedlam", three_scenes, tmp_path / "parts", "--part", "2/2") == 0
+    assert "the set is ready when all parts are" in capsys.readouterr().out
+    assert run("bedlam", three_scenes, tmp_path / "parts", "--part", "1/2") == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert main(["verify", str(tmp_path / "parts")]) == 0
+    assert Report.read(tmp_path / "parts") == Report.read(tmp_path / "whole")
+    assert run("bedlam", three_scenes, tmp_path / "parts", "--part", "3/2") == 2
+    assert "--part must be i/n" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_and_estimates_and_writes_only_the_sheet(
+    three_scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "look.png"
+    assert run("bedlam", three_scenes, tmp_path / "out", "--dry-run", "--sheet", str(sheet)) == 0
+    told = capsys.readouterr().out
+    assert "3 label files, 3 tracks -> 3 clips, 6 frames" in told and "s on one core" in told
+    assert not (tmp_path / "out").exists()
+    picture = cv2.cvtColor(cv2.imread(str(sheet)), cv2.COLOR_BGR2RGB).astype(int)
+    plain, meshed = picture[30:256, :256], picture[30:256, 256:512]
+    blue = [((tile[..., 2] > 90) & (tile[..., 1] > 90)).mean() for tile in (plain, meshed)]
+    assert blue[0] < 0.01 < blue[1]  # the mesh is drawn over every second frame
+
+
+def test_processes_give_the_same_bytes(three_scenes: Path, tmp_path: Path) -> None:
+    assert run("bedlam", three_scenes, tmp_path / "one") == 0
+    assert run("bedlam", three_scenes, tmp_path / "two", "--workers", "2") == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+# ---- hostile files --------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/fasthmr-evil"),))
+
+
+class Large:
+    def __reduce__(self):
+        return (np.ndarray, ((1 << 40,), np.dtype("u1")))
+
+
+class Doubling:
+    def __reduce__(self):
+        import codecs
+
+        return (codecs.encode, ("00" * 9, "hex"))
+
+
+@pytest.mark.parametrize("content", [Evil(), Doubling(), [1], b"x" * 10])
+def test_pickles_that_are_no_labels_are_not_loaded(tmp_path: Path, content: object) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ConvertError, match=r"a\.pkl"):
+        read_pickle(tmp_path / "a.pkl")
+    assert not Path("/tmp/fasthmr-evil").exists()
+
+
+def test_a_pickle_cannot_ask_for_memory_that_it_does_not_bring(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"poses": Large()}))
+    with pytest.raises(ConvertError, match="not a whole pickle"):
+        read_pickle(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickles_of_all_protocols_that_sets_use_are_read(tmp_path: Path, protocol: int) -> None:
+    content = {"a": np.arange(6.0).reshape(2, 3), "b": [np.float32(2), "m"], "c": np.asfortranarray(np.eye(2)[:, :1])}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    read = read_pickle(tmp_path / "a.pkl")
+    assert np.array_equal(read["a"], content["a"]) and np.array_equal(read["c"], content["c"])
+    assert read["b"] == content["b"]
+
+
+def test_an_npz_bomb_and_an_npz_that_lies_are_refused(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 33,)})
+    with zipfile.ZipFile(tmp_path / "lies.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("poses.npy", header.getvalue() + bytes(1000))
+    with pytest.raises(ConvertError, match="which are not its 1000 bytes"):
+        read_npz(tmp_path / "lies.npz", ("poses",))
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive:
+        archive.writestr("poses.npy", b"")
+        archive.infolist()[0].file_size = 1 << 40  # what the directory will say
+    with pytest.raises(ConvertError, match="would unpack to 1099511627776 bytes"):
+        read_npz(tmp_path / "bomb.npz", ("poses",))
+    np.savez(tmp_path / "evil.npz", poses=np.array([Evil()], object))
+    with pytest.raises(ConvertError, match="not on the list of harmless names"):
+        read_npz(tmp_path / "evil.npz", ("poses",))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "evil.npz").read_bytes()[:-30])
+    with pytest.raises(ConvertError, match="no whole npz"):
+        read_npz(tmp_path / "cut.npz", ("poses",))
+
+
+def test_hostile_json_is_refused(tmp_path: Path) -> None:
+    for content in ("[" * 100_000, "{", "[1]"):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(ConvertError, match=r"a\.json"):
+            read_json(tmp_path / "a.json")
+
+
+def test_a_picture_that_says_it_is_huge_is_not_decoded(tmp_path: Path) -> None:
+    encoded = bytearray(cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes())
+    encoded[16:24] = (100_000).to_bytes(4) + (100_000).to_bytes(4)
+    (tmp_path / "a.png").write_bytes(encoded)
+    with pytest.raises(ConvertError, match="says that it is 100000x100000 px"):
+        read_picture(tmp_path, Picture("a.png"))
+    with pytest.raises(ConvertError, match="is no name of a file under"):
+        read_picture(tmp_path, Picture("../a.png"))
+
+
+@pytest.mark.parametrize("name", ["../../escape.jpg", "/etc/escape.jpg", "a\\..\\b.jpg"])
+def test_tars_that_lead_elsewhere_are_refused(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign.write_tar(tmp_path / "a.tar", {name: b"x"})
+    assert run("4dhumans", tmp_path, tmp_path / "out") == 2
+    assert "is no name of a file under" in capsys.readouterr().err
+
+
+def test_damaged_tars_are_refused(tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]) -> None:
+    made = foreign.take(free_body, frames=1, size=SIZE)
+    members = foreign.hmr2_members("k", made, 0, [foreign.hmr2_person(made)])
+    foreign.write_tar(tmp_path / "a.tar", members)
+    whole = (tmp_path / "a.tar").read_bytes()
+    link = tarfile.TarInfo("k.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    cases = {
+        "it is cut or damaged": whole[:2000],
+        "is no uncompressed tar": b"\x1f\x8b" + whole[2:],
+        "is no plain file": link.tobuf() + bytes(1024),
+        "it takes a picture and .data.pyd": None,
+        "must have shape (44, 3), got (1, 3)": None,
+        "must hold a list of dictionaries": None,
+    }
+    for message, content in cases.items():
+        if content is not None:
+            (tmp_path / "a.tar").write_bytes(content)
+        elif "picture" in message:
+            foreign.write_tar(tmp_path / "a.tar", {"k.jpg": members["k.jpg"]})
+        else:
+            person = foreign.hmr2_person(made, keypoints_2d=np.zeros((1, 3)))
+            labels = pickle.dumps([person] if "shape" in message else person)
+            foreign.write_tar(tmp_path / "a.tar", members | {"k.data.pyd": labels})
+        assert run("4dhumans", tmp_path, tmp_path / "out") == 2, message
+        assert message in capsys.readouterr().err
+
+
+# ---- AMASS ----------------------------------------------------------------------------------------------------------
+
+
+def test_amass_is_packed_z_up_to_y_up_at_thirty_frames_a_second(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=120, seed=3, up="z", still=True)
+    root = tmp_path / "AMASS"
+    (root / "CMU/01").mkdir(parents=True)
+    poses = np.zeros((120, 52, 3))
+    poses[:, :22], poses[:, 22], poses[:, 37] = made.pose[:, :22], made.pose[:, 22], made.pose[:, 23]
+    labels = {"trans": made.trans, "mocap_framerate": 120.0, "gender": b"male", "betas": np.zeros(16)}
+    np.savez(root / "CMU/01/01_01_poses.npz", poses=poses.reshape(120, 156), **labels)
+    np.savez(root / "CMU/01/short_poses.npz", poses=poses[:90].reshape(90, 156), **labels | {"trans": made.trans[:90]})
+    np.savez(root / "CMU/01/shape.npz", betas=np.zeros(16))
+    (root / "CMU/01/cut_poses.npz").write_bytes(b"PK")
+
+    assert run("amass", root, tmp_path / "out", "--dry-run") == 0
+    assert "1 subsets, 4 files" in capsys.readouterr().out
+    assert run("amass", root, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["clips"] == 1 and report["frames"] == 30
+    assert {r.partition(" (")[0] for r in report["dropped"]} == {
+        "shorter than 25 frames", "a body's shape, no motion", "cannot be read",
+    }  # fmt: skip
+    packed = MotionFolder(tmp_path / "out")
+    motion = packed.window(0, 30, 30.0, np.random.default_rng(0))
+    # the same joints but for heading and place: distances between joints over time tell
+    rows = foreign.Take(
+        free_body, motion.pose.astype(float), motion.translation.astype(float), np.zeros(10),
+        np.tile(np.eye(4), (30, 1, 1)), made.intrinsics, SIZE,
+    )  # fmt: skip
+    ours, theirs = rows.joints.reshape(-1, 3), made.joints[::4].reshape(-1, 3)
+    ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
+    gram = np.abs(ours @ ours.T - theirs @ theirs.T).max()
+    assert gram < 2e-4
+    before = (tmp_path / "out/CMU.npz").stat().st_mtime_ns
+    assert run("amass", root, tmp_path / "out") == 0
+    assert (tmp_path / "out/CMU.npz").stat().st_mtime_ns == before

@@ -1,0 +1,133 @@
+"""`python -m fasthmr.shard masks`: a set without masks gets them, from a folder or a segmenter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tiny_clips import IMAGE_SIZE, drawn_clip
+
+from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
+from fasthmr.data.masks import MaskedSource, RfDetr, Segmenter, Yolo, tell_apart
+from fasthmr.data.schema import Clip, PackedImages
+from fasthmr.data.shards import ClipStore, verify_shards, write_shards
+from fasthmr.geometry.boxes import invert_affine
+from fasthmr.shard import main
+
+FRAMES, CROP_PX = 2, 384
+
+
+class WithoutMasks:
+    """Two drawn clips; the second has masks."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def make(self, index: int) -> Clip:
+        clip = drawn_clip(f"clip-{index}", FRAMES, seed=index)
+        if index:
+            return clip
+        empty = PackedImages.encode_png([np.zeros((CROP_PX, CROP_PX), np.uint8)] * FRAMES)
+        return replace(clip, masks=empty, status={**clip.status, "masks": "missing"})
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "without", "body": "stick@0"}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets") / "bare"
+    write_shards(WithoutMasks(), folder, progress=False)
+    return folder
+
+
+def true_mask(frame: int) -> np.ndarray:
+    return drawn_clip("clip-0", FRAMES).masks.decode(frame) == MASK_SUBJECT
+
+
+@pytest.mark.parametrize("of", ["crop", "full image"])
+def test_masks_of_a_folder_come_into_the_set(bare: Path, tmp_path: Path, of: str) -> None:
+    clip = ClipStore(bare)[0]
+    (tmp_path / "masks/clip-0").mkdir(parents=True)
+    for frame in range(FRAMES):
+        mask = 255 * true_mask(frame).astype(np.uint8)
+        if of == "full image":
+            mask = cv2.warpAffine(mask, invert_affine(clip.crop_from_image[frame]), tuple(IMAGE_SIZE.tolist()))
+        cv2.imwrite(str(tmp_path / f"masks/clip-0/{frame:05d}.png"), mask)
+    command = ["masks", str(bare), "--out", str(tmp_path / "out"), "--by", "folder"]
+    assert main([*command, "--source", str(tmp_path / "masks")]) == 0
+    assert verify_shards(tmp_path / "out") == []
+    masked, untouched = ClipStore(tmp_path / "out")
+    assert masked.status["masks"] == "pseudo" and untouched.status["masks"] == "ground_truth"
+    for frame in range(FRAMES):
+        both = np.stack([masked.masks.decode(frame) == MASK_SUBJECT, true_mask(frame)])
+        assert both.all(0).sum() / both.any(0).sum() > (0.999 if of == "crop" else 0.75)  # dots are a few pixels small
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [(None, "cannot be read"), ((100, 90), "is 90x100 px; it must have the size")]
+)
+def test_a_missing_or_ill_fitting_mask_is_named(
+    bare: Path, tmp_path: Path, shape: tuple[int, int] | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "masks/clip-0").mkdir(parents=True)
+    if shape:
+        cv2.imwrite(str(tmp_path / "masks/clip-0/00000.png"), np.zeros(shape, np.uint8))
+    command = ["masks", str(bare), "--out", str(tmp_path / "out"), "--by", "folder"]
+    assert main([*command, "--source", str(tmp_path / "masks")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "00000.png" in error
+
+
+def test_what_is_not_installed_is_said_with_its_licence(bare: Path, tmp_path: Path, capsys) -> None:
+    for name, licence in (("yolo", "AGPL-3.0"), ("rfdetr", "Apache-2.0")):
+        try:
+            __import__({"yolo": "ultralytics"}.get(name, name))
+        except ImportError:
+            assert main(["masks", str(bare), "--out", str(tmp_path / "out"), "--by", name, "--source", "w.pt"]) == 2
+            assert licence in capsys.readouterr().err
+
+
+def test_the_person_of_the_box_is_the_subject() -> None:
+    people = np.zeros((3, 100, 100), bool)
+    people[0, 10:40, 10:20] = True
+    people[1, 30:90, 40:70] = True
+    people[2, :5, :5] = True
+    label = tell_apart(people, np.array([35.0, 30, 95, 90]))
+    assert (label[people[1]] == MASK_SUBJECT).all() and (label[people[0]] == MASK_OTHER).all()
+    assert (tell_apart(people[:1], np.array([60.0, 60, 99, 99])) != MASK_SUBJECT).all()
+    assert not tell_apart(people[:0], np.array([0.0, 0, 9, 9])).any()
+
+
+class FakeYolo:
+    """Answers as ultralytics does: a list of a result, whose masks are a tensor (N,H,W), or None."""
+
+    def predict(self, image: np.ndarray, classes: list[int], retina_masks: bool, verbose: bool) -> list[Any]:
+        assert classes == [0] and retina_masks
+        red = image[..., 2] > 180  # it takes BGR
+        masks = torch.from_numpy(np.stack([red, np.zeros_like(red)])).float()
+        return [SimpleNamespace(masks=SimpleNamespace(data=masks) if red.any() else None)]
+
+
+class FakeRfDetr:
+    """Answers as supervision's Detections: `mask` (N,H,W) bool or None, `class_id` (N,)."""
+
+    def predict(self, image: np.ndarray, threshold: float) -> Any:
+        red = image[..., 0] > 180
+        return SimpleNamespace(mask=np.stack([~red, red]), class_id=np.array([17, 1]))
+
+
+@pytest.mark.parametrize("segmenter", [Yolo("n.pt", lambda _: FakeYolo()), RfDetr("w", lambda _: FakeRfDetr())])
+def test_adapters_ask_their_networks_for_people_only(bare: Path, segmenter: Segmenter) -> None:
+    clip = MaskedSource(bare, segmenter).make(0)
+    image, mask = clip.frames.decode(0), clip.masks.decode(0)
+    assert clip.status["masks"] == "pseudo"
+    assert np.array_equal(mask == MASK_SUBJECT, image[..., 0] > 180) and (mask == MASK_SUBJECT).any()
+    blank = np.zeros((CROP_PX, CROP_PX, 3), np.uint8)
+    assert not segmenter.people(clip, 0, blank).any()

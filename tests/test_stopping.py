@@ -1,0 +1,72 @@
+"""Signals that ask a command to stop: held until a step ends, at once where nothing is to be saved, deaf children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fasthmr import stopping
+
+ROOT = Path(__file__).parents[1]
+
+#: says that it listens, then what it was asked; with `held` it has something to save
+PROGRAM = """
+import subprocess, sys, time
+from fasthmr import stopping
+stopping.listen()
+stopping.hold("held" in sys.argv)
+child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read(); print('child is alive')"],
+                         stdin=subprocess.PIPE)
+print("listening", child.pid, flush=True)
+while stopping.asked() is None:
+    time.sleep(0.01)
+print("asked by", stopping.asked().name, flush=True)
+child.communicate()
+"""
+
+
+def start(*arguments: str, **environment: str) -> tuple[subprocess.Popen, int]:
+    """The program, once it listens, and its child."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert program.stdout is not None
+    return program, int(program.stdout.readline().split()[1])
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_what_has_something_to_save_is_asked_and_its_children_live_on(sent):
+    program, child = start("held")
+    for process in (child, program.pid):  # as SLURM does
+        os.kill(process, sent)
+    said, _ = program.communicate(timeout=60)
+    assert said.splitlines() == [f"asked by {sent.name}", "child is alive"]
+    assert program.returncode == 0
+
+
+def test_what_has_nothing_to_save_leaves_at_once_and_has_its_job_requeued(tmp_path):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
+    scontrol.chmod(0o755)
+    job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_PROCID": "0"}
+    for asks in ("0", "1"):
+        program, _ = start(FASTHMR_REQUEUE=asks, **job)
+        os.kill(program.pid, signal.SIGUSR1)
+        _, said = program.communicate(timeout=60)
+        assert program.returncode == stopping.EXIT_CODE and "SIGUSR1: there is nothing to save yet" in said
+        assert (tmp_path / "called").exists() == (asks == "1")
+    assert (tmp_path / "called").read_text() == "requeue 17\n"
+
+
+def test_a_job_that_cannot_be_requeued_is_named(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stopping.requeue()
+    assert "job 17 could not be requeued" in caplog.text

@@ -1,0 +1,125 @@
+"""docs/study_decoder.py makes every table, on nets and clips of seconds, and repeats nothing that is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_decoder import ENCODER, make_clips
+
+from fasthmr.body import load_body
+from fasthmr.checkpoint import save_encoder
+from fasthmr.fit import fit
+from fasthmr.models.hmr import HMR
+
+DOCS = Path(__file__).parents[1] / "docs"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+
+def forked_command(arguments: Sequence[str], log: Path) -> int:
+    """`study_runs.run_command` without the seconds that a new interpreter takes to import everything."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                fit(list(arguments))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)  # what pytest does at an exit is the parent's to do
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(DOCS))
+    try:
+        import study_decoder
+        import study_runs
+    finally:
+        sys.path.remove(str(DOCS))
+    return study_decoder, study_runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    for name, lengths in (("train", (12, 15)), ("val", (12,))):
+        make_clips(folder / name, lengths)
+    torch.manual_seed(0)
+    save_encoder(folder / "encoder.ckpt", HMR(dataclasses.replace(ENCODER, vit_depth=5)), load_body().id)
+    return folder
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    out = ["--out", str(folder / "out"), "--quick", "--sizes", "3x32", "--jobs", "1"]
+    return [str(folder / "encoder.ckpt"), "--features_data", str(folder), *out, *more]
+
+
+def rows_of(printed: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
+
+
+def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
+    command, runs = study
+    monkeypatch.chdir(DOCS.parent)
+    monkeypatch.setattr(runs, "run_command", forked_command)
+    assert command.main(arguments(folder)) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    assert printed.count("**") == 2 * 6
+    assert len(rows) == 6 * 2 + (1 + 1) + 3 + 2 + 4 + 4 + 2
+    named = {row[0]: row for row in rows}
+    assert [named[name][1] for name in ("noise", "v", "v and noise")] == ["998", "999", "999"]
+    assert [named[name][1] for name in ("joints and twists", "6D rotations")] == ["133", "144"]
+    # What is measured anew, with the settings of the training's own validation, is what that measured.
+    trained = named["3 x 32"][3:]
+    assert trained == named["v and noise"][2:] == named["joints and twists"][4:] == named["1"][1:] == named["naive"][1:]
+    for other in (named["10"][1:], named["adaptive"][1:], named["noise"][2:], named["6D rotations"][4:]):
+        assert other != trained
+    alone = named["encoder alone, per frame"]
+    assert ["merged tokens", "encoder alone", *alone[3:]] in rows and alone[-1] == "1.00"
+    done = json.loads((folder / "out/decoder_both_merged_of_prior_3x32_joints_twists_seed0/done.json").read_text())
+    assert trained[1] == f"{done['metrics']['val/mpjpe_mm']:.1f}"
+
+    monkeypatch.setattr(runs, "run_command", lambda *_: pytest.fail("a finished run was repeated"))
+    assert command.main(arguments(folder)) == 0
+    assert rows_of(capsys.readouterr().out) == rows
+    assert command.main(arguments(folder, "--epochs", "3")) == 2
+    assert "was made from something else (epochs: 2 -> 3): choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sizes", "9"], "--sizes must be LATENTSxWIDTH, such as 9x192, got '9'"),
+        (["--sizes", "3x31", "--out", "{}/odd"], "the width of latents must be a multiple of 2, the heads, got 31"),
+        (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
+    ],
+)
+def test_mistakes(study, folder, more, message, monkeypatch, capsys):
+    monkeypatch.chdir(DOCS.parent)
+    monkeypatch.setattr(study[0].Study, "compute_features", lambda self: None)
+    assert study[0].main(arguments(folder, *(text.format(folder) for text in more))) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named(study, folder, tmp_path, monkeypatch):
+    _, runs = study
+    monkeypatch.setattr(runs, "run_command", lambda *_: 1)
+    with pytest.raises(runs.StudyError, match=r"a_run failed: see .*a_run/log\.txt"):
+        runs.train(DOCS.parent / "conf/prior_tiny.yaml", {"trainer": {}}, tmp_path / "a_run", {})
