@@ -72,15 +72,26 @@ class MotionWindows(Dataset[dict[str, np.ndarray]]):
         fps: frames a second.
         seed: of everything random.
         shortest: windows are cut to a random length from here to `window`, and padded; None: never cut.
+        procedural_share: of windows that move procedurally all the same.
     """
 
-    def __init__(self, source: MotionSource, window: int, fps: float, seed: int, shortest: int | None = None) -> None:
+    def __init__(
+        self,
+        source: MotionSource,
+        window: int,
+        fps: float,
+        seed: int,
+        shortest: int | None = None,
+        procedural_share: float = 0.0,
+    ) -> None:
         self.source, self.window, self.fps, self.seed, self.shortest = source, window, fps, seed, shortest
+        self.procedural, self.procedural_share = load_motion_source("procedural"), procedural_share
 
     def __getitem__(self, sample: SampleId | int) -> dict[str, np.ndarray]:
         epoch, number = sample if isinstance(sample, tuple) else (0, sample)
         rng = np.random.default_rng([self.seed, epoch, number])
-        motion = self.source.sample(rng, self.window, self.fps)
+        source = self.procedural if self.procedural_share and rng.random() < self.procedural_share else self.source
+        motion = source.sample(rng, self.window, self.fps)
         betas = np.clip(rng.normal(size=NUM_BETAS), -_MAX_BETA, _MAX_BETA)
         frames = self.window if self.shortest is None else int(rng.integers(self.shortest, self.window + 1))
         return {
@@ -110,6 +121,7 @@ class MotionDataModule(L.LightningDataModule):
     Args:
         train: "procedural", or an AMASS-format folder or pack.
         val: the same, for validation.
+        procedural_share: of training windows that move procedurally all the same, where `train` is a motion set.
         window: frames of a window.
         fps: frames a second.
         windows_per_epoch: training windows of an epoch over all ranks; every epoch draws others.
@@ -136,8 +148,11 @@ class MotionDataModule(L.LightningDataModule):
         shortest: int | None = None,
         workers: int = 2,
         seed: int = 0,
+        procedural_share: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= procedural_share <= 1:
+            raise ValueError(f"procedural_share must be in [0, 1], got {procedural_share}")
         self.allow_zero_length_dataloader_with_multiple_devices = True
         for name, value, least in (
             ("window", window, 3),
@@ -154,9 +169,12 @@ class MotionDataModule(L.LightningDataModule):
         self.train, self.val, self.window, self.fps = train, val, window, fps
         self.windows_per_epoch, self.val_windows, self.batch_size = windows_per_epoch, val_windows, batch_size
         self.shortest, self.workers, self.seed = shortest, workers, seed
+        self.procedural_share = procedural_share
 
     def setup(self, stage: str | None = None) -> None:
-        self._train = MotionWindows(load_motion_source(self.train), self.window, self.fps, self.seed, self.shortest)
+        self._train = MotionWindows(
+            load_motion_source(self.train), self.window, self.fps, self.seed, self.shortest, self.procedural_share
+        )
         # Another seed, or a procedural validation set would repeat the first training windows.
         self._val = MotionWindows(load_motion_source(self.val), self.window, self.fps, self.seed + 1_000_003)
 

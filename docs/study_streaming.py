@@ -40,7 +40,8 @@ def methods(pipeline: Pipeline, settings: list[str]) -> Iterator[tuple[list[str]
 
         def streamed(seen: EncodedFrames, stream: StreamingDecoder = stream) -> Tensor:
             so_far = seen.betas.cumsum(0) / torch.arange(1, len(seen.betas) + 1)[:, None]
-            return torch.cat([stream.push(seen.features, so_far), stream.finish()])
+            read = decoder.conditions(seen.features, seen.rotations, so_far, body)
+            return torch.cat([stream.push(read, so_far), stream.finish()])
 
         name = f"stride {stride}, look-ahead {look_ahead}"
         yield [name, str(stream.latency), f"{decoder.window / stride:.1f}"], streamed

@@ -42,7 +42,7 @@ from fasthmr.video.reading import Frames, Masks, VideoError
 from fasthmr.video.writing import written_video
 
 #: weights that come with this package
-_CHECKPOINT = "shipped:encoder_tiny"
+_CHECKPOINT = "shipped:encoder_tiny+shipped:decoder_tiny"
 _DEFAULT_FPS = 30.0
 #: frames, about, in which the focal length is looked for
 _LENS_FRAMES = 16

@@ -18,6 +18,7 @@ from fasthmr.checkpoint import (
     encoder_id,
     load_encoder,
     load_human_fov,
+    load_pipeline_parts,
     read_header,
     save_encoder,
     save_pipeline,
@@ -108,12 +109,23 @@ def test_the_shipped_encoder_is_the_tiny_one_of_the_free_body():
     card = located("shipped:encoder_tiny").with_suffix(".md").read_text()
     assert header.body in card
     with torch.inference_mode():
-        output = load_encoder("shipped:encoder_tiny")(torch.zeros(1, 3, 256, 256))
+        mask = torch.zeros(1, 256, 256, dtype=torch.bool)
+        output = load_encoder("shipped:encoder_tiny")(torch.zeros(1, 3, 256, 256), mask)
     assert output.feature.shape == (1, 256) and output.rotations.isfinite().all()
 
 
+def test_the_shipped_decoder_belongs_to_the_shipped_encoder():
+    hmr, decoder, body = load_pipeline_parts("shipped:encoder_tiny+shipped:decoder_tiny")
+    require_same_body(load_body().id, body, where="the shipped decoder")
+    assert decoder is not None and decoder.encoder == encoder_id(hmr)
+    assert body in located("shipped:decoder_tiny").with_suffix(".md").read_text()
+    shipped = located("shipped:decoder_tiny").parent.glob("*.safetensors")
+    assert sum(file.stat().st_size for file in shipped) < 25e6
+
+
 def test_weights_that_are_not_shipped_are_named():
-    with pytest.raises(FileNotFoundError, match="no weights 'encoder_huge' are shipped; there are: encoder_tiny"):
+    there = "there are: decoder_tiny, encoder_tiny"
+    with pytest.raises(FileNotFoundError, match=f"no weights 'encoder_huge' are shipped; {there}"):
         load_encoder("shipped:encoder_huge")
 
 

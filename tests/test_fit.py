@@ -66,6 +66,24 @@ def tiny_data(shards: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def default_recipe(shards: Path) -> list[str]:
+    """Keys that make conf/fasthmr.yaml run in seconds, all of its stages."""
+    of_stages = {
+        "prior": [
+            "--data.init_args.windows_per_epoch=16", "--data.init_args.val_windows=2", "--data.init_args.workers=0",
+        ],
+        "encoder": [*TINY_NET, *START_TINY, *tiny_data(shards)],
+        # a decoder of another encoder's sizes cannot start from the shipped one
+        "decoder": [
+            "--model.init_args.init_from=null", f"--data.init_args.train={shards}", f"--data.init_args.val={shards}",
+            "--data.init_args.make_train=null", "--data.init_args.make_val=null", "--data.init_args.workers=0",
+        ],
+        "evaluation": [f"--data={shards}", "--max_clips=2", "--rounds=1", "--workers=0"],
+    }  # fmt: skip
+    keys = [f"--{stage}.{key.removeprefix('--')}" for stage, own in of_stages.items() for key in own]
+    return [*keys, *QUICK, "--trainer.max_epochs=1"]
+
+
 def run_fit(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.run(

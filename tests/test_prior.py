@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.motions import MotionBatch, MotionDataModule, seen_by_camera
+from datamodules.motions import MotionBatch, MotionDataModule, MotionWindows, seen_by_camera
 from datamodules.order import SampleId
 from fasthmr.body import BodyMismatchError, encode_pose
 from fasthmr.checkpoint import CheckpointError, load_encoder, load_prior, save_decoder, save_prior
-from fasthmr.data.synth.motion import load_motion_source
+from fasthmr.data.synth.motion import Motion, load_motion_source
 from fasthmr.lit.optim import OptimizerConfig
 from fasthmr.lit.prior import MotionPriorModule
 from fasthmr.models.denoiser import DenoiserConfig
@@ -73,6 +73,20 @@ class TestWindows:
         module.setup()
         lengths = {int(module._train[SampleId(0, i)]["valid"].sum()) for i in range(20)}
         assert min(lengths) >= 5 and max(lengths) <= 20 and len(lengths) > 4
+
+    def test_a_share_moves_procedurally_all_the_same(self):
+        class Still:
+            def sample(self, rng: np.random.Generator, frames: int, fps: float) -> Motion:
+                return Motion(np.zeros((frames, 24, 3), np.float32), np.zeros((frames, 3), np.float32), fps, "still")
+
+        def moving(share: float) -> float:
+            windows = MotionWindows(Still(), 20, 30.0, seed=0, procedural_share=share)
+            hands = [windows[i]["rotations"][:, 18] for i in range(20)]  # an elbow
+            return float(np.mean([not np.allclose(r, np.eye(3)) for r in hands]))
+
+        assert moving(0.0) == 0 and 0.2 < moving(0.5) < 0.8 and moving(1.0) == 1
+        with pytest.raises(ValueError, match=r"procedural_share must be in \[0, 1\], got 2"):
+            data(procedural_share=2)
 
     def test_validation_windows_stay_the_same(self):
         module = data()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_fit import QUICK, START_TINY, TINY_NET, run_fit, tiny_data
+from test_fit import QUICK, TINY_NET, default_recipe, run_fit, tiny_data
 
 from fasthmr.checkpoint import load_encoder, read_header
 from fasthmr.cli import UsageError
@@ -288,18 +288,23 @@ def test_every_recipe_is_tested():
 
 
 def test_the_default_recipe_runs_its_stages(tiny_shards, tmp_path):
-    keys = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), "--trainer.max_epochs=1"]
-    keys += START_TINY
-    done = run_fit("-c", str(ROOT / "conf/fasthmr.yaml"), *keys, cwd=tmp_path)
+    done = run_fit("-c", str(ROOT / "conf/fasthmr.yaml"), *default_recipe(tiny_shards), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "stage 1 of 1: encoder" in done.stderr and "encoder: finished" in done.stdout
-    assert json.loads((tmp_path / "runs/fasthmr/encoder/done.json").read_text())["metrics"]["val/mpjpe_mm"] > 0
+    stages = ("prior", "encoder", "decoder", "evaluation")
+    for number, stage in enumerate(stages, start=1):
+        assert f"stage {number} of 4: {stage}" in done.stderr
+    run = tmp_path / "runs/fasthmr"
+    metrics = {stage: json.loads((run / stage / "done.json").read_text())["metrics"] for stage in stages}
+    assert all(metrics[stage]["val/mpjpe_mm"] > 0 for stage in stages[:3])
+    for row in ("baseline", "+ layers merged", "+ Mask-ToMe", "+ decoder"):
+        assert row in done.stdout
+    assert (run / "evaluation/side_by_side.mp4").stat().st_size > 10_000
 
 
 def test_pretraining_hands_its_first_stage_to_the_second_which_resumes(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = [*TINY_NET, "--model.init_args.net.vit_depth=3", *QUICK, *tiny_data(tiny_shards)]
-    keys += ["--trainer.limit_val_batches=1", "--merged.trainer.max_epochs=1"]
+    keys += ["--trainer.limit_val_batches=1", "--merged.trainer.max_epochs=1", "--more.trainer.max_epochs=1"]
     # A learning rate of nothing: the second stage ends with the weights that it was given.
     keys += ["--full.model.init_args.optimizer.lr=1e-30"]
     results = fit(["-c", PRETRAIN, *keys, "--full.trainer.max_epochs=1"])
