@@ -205,7 +205,7 @@ class DiffusionDecoder(nn.Module):
         time = torch.randint(steps, (len(latents),), generator=generator, device=latents.device)
         if share:
             last = torch.rand(len(latents), generator=generator, device=latents.device) < share
-            time = time.masked_fill(last, steps - 1)
+            time = time.masked_fill(last, self.diffusion.timesteps(1)[0])
         noisy = self.diffusion.noisy(latents, noise, time)
         return self.diffusion.loss(self._predict(noisy, time, features, valid), latents, noise, time)
 
