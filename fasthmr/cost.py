@@ -99,6 +99,8 @@ def decoder_cost(config: DiffusionDecoderConfig, steps: int = 1) -> dict[str, in
         latents, features = decoder.noise[None], torch.zeros(1, decoder.window, decoder.feature_dim)
         for _ in range(steps):  # without the scheduler, which multiplies no matrices
             latents = decoder.denoiser(latents, torch.zeros(1, dtype=torch.long), features)
+        if config.diffusion.residual:
+            latents = latents + decoder.prior.encode(features[..., decoder.encoder_dim :]).mean
         return decoder.prior.decode(latents, decoder.window)
 
     fused = torch.backends.mha.get_fastpath_enabled()

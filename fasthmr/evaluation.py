@@ -468,9 +468,10 @@ def system_speeds(systems: Mapping[str, System], config: EvaluationConfig) -> di
             settings = pipeline.config.sequence
             stride = decoder.window - settings.overlap_frames(decoder.window)
             frames = decoded_frames[name] = decoder.window + (settings.batch - 1) * stride
-            noise = torch.randn(frames, decoder.feature_dim, generator=torch.Generator().manual_seed(0))
-            features = decoder.feature_mean + decoder.feature_deviation * noise.to(pipeline.device)
-            betas, rotations = features.new_zeros(frames, 10), features.new_zeros(frames, 24, 3, 3)
+            width = decoder.encoder_dim
+            noise = torch.randn(frames, width, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
+            features = decoder.feature_mean[:width] + decoder.feature_deviation[:width] * noise
+            betas, rotations = features.new_zeros(frames, 10), torch.eye(3).to(features).expand(frames, 24, 3, 3)
             calls[name] = timed(pipeline.refine, features, rotations, betas, device=pipeline.device)
     seconds = interleaved_seconds(calls, config.rounds)
     speeds = {}

@@ -106,11 +106,22 @@ def requeue_wanted() -> bool:
 
 
 def requeue() -> None:
-    """Have SLURM requeue this job; call it on one process. Failure is logged: the checkpoint is there all the same."""
+    """Have SLURM requeue this job; call it on one process. Failure is logged: the checkpoint is there all the same.
+
+    A job that is not running any more, because somebody cancelled it, is left alone.
+    """
     job = os.environ["SLURM_JOB_ID"]  # of its own for each task of a job array, too
     try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
+        if "JobState=RUNNING" not in _scontrol("show", "job", job):
+            log.warning("job %s was cancelled, and is not requeued", job)
+            return
+        _scontrol("requeue", job)
         log.warning("job %s is requeued", job)
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or error
         log.warning("job %s could not be requeued (%s): submit it again, it will go on", job, str(told).strip())
+
+
+def _scontrol(*arguments: str) -> str:
+    done = subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
+    return done.stdout

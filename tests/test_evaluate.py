@@ -31,18 +31,21 @@ from fasthmr.merging import TokenMerging
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.denoiser import DenoiserConfig
 from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
+from fasthmr.models.sampler import DiffusionConfig
 from fasthmr.sequence import refine
 
 EXACT = EvaluationConfig(precision="32", speed=False, workers=0, bootstrap=50)
 QUICK = ["--precision=32", "--speed=false", "--workers=0", "--bootstrap=50"]
 
 
-def make_decoder(path: Path, encoder: str, body: str) -> str:
+def make_decoder(path: Path, encoder: str, body: str, residual: bool = False) -> str:
     torch.manual_seed(1)
-    sizes = {"feature_dim": ENCODER.head_dim, "window": WINDOW, "latents": PRIOR.latents, "dim": PRIOR.dim}
+    read = ENCODER.head_dim + (PRIOR.pose_dim if residual else 0)
+    sizes = {"feature_dim": read, "window": WINDOW, "latents": PRIOR.latents, "dim": PRIOR.dim}
     denoiser = DenoiserConfig(**sizes, depth=DENOISER.depth, heads=DENOISER.heads, mlp_dim=DENOISER.mlp_dim)
     number = encoder_id(load_encoder(encoder))
-    save_decoder(path, DiffusionDecoder(DiffusionDecoderConfig(PRIOR, denoiser), number), body, number)
+    config = DiffusionDecoderConfig(PRIOR, denoiser, DiffusionConfig(residual=residual))
+    save_decoder(path, DiffusionDecoder(config, number), body, number)
     return str(path)
 
 
@@ -53,6 +56,7 @@ def lab(tmp_path_factory, free_body) -> Path:
     make_clips(folder / "val")
     make_encoder(folder / "encoder.ckpt")
     make_decoder(folder / "decoder.ckpt", str(folder / "encoder.ckpt"), free_body.id)
+    make_decoder(folder / "correcting.ckpt", str(folder / "encoder.ckpt"), free_body.id, residual=True)
     merging = load_encoder(folder / "encoder.ckpt")
     merging.set_token_merging(TokenMerging(keep_tokens=120, per_layer=60))
     save_encoder(folder / "merging.ckpt", merging, free_body.id)
@@ -223,6 +227,15 @@ class TestWhatIsEvaluated:
         assert two["systems"] == json.loads(json.dumps(one["systems"]))
         assert (tmp_path / "two/sequences.csv").read_bytes() == (tmp_path / "one/sequences.csv").read_bytes()
         assert json.loads((tmp_path / "rank1.json").read_text()) == two
+
+    def test_a_decoder_of_corrections(self, lab, tmp_path):
+        few = ["--speed=true", "--batch=2", "--rounds=1", "--max_clips=2"]
+        systems = ["{lab}/encoder.ckpt+{lab}/decoder.ckpt", "{lab}/encoder.ckpt+{lab}/correcting.ckpt"]
+        other, correcting = run(lab, tmp_path / "o", *few, systems=systems)["systems"]
+        assert correcting["speed"]["decoder_s_per_frame"] > 0
+        # it also encodes the encoder's poses, and reads them
+        assert correcting["cost"]["macs_thop"] > other["cost"]["macs_thop"]
+        assert correcting["cost"]["params"] > other["cost"]["params"]
 
     def test_speed_is_of_encoder_and_decoder(self, lab, tmp_path):
         systems = ["alone={lab}/encoder.ckpt", "decoded={lab}/encoder.ckpt+{lab}/decoder.ckpt"]

@@ -52,9 +52,7 @@ def test_what_has_something_to_save_is_asked_and_its_children_live_on(sent):
 
 
 def test_what_has_nothing_to_save_leaves_at_once_and_has_its_job_requeued(tmp_path):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
-    scontrol.chmod(0o755)
+    fake_scontrol(tmp_path, "RUNNING")
     job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_PROCID": "0"}
     for asks in ("0", "1"):
         program, _ = start(FASTHMR_REQUEUE=asks, **job)
@@ -62,7 +60,22 @@ def test_what_has_nothing_to_save_leaves_at_once_and_has_its_job_requeued(tmp_pa
         _, said = program.communicate(timeout=60)
         assert program.returncode == stopping.EXIT_CODE and "SIGUSR1: there is nothing to save yet" in said
         assert (tmp_path / "called").exists() == (asks == "1")
-    assert (tmp_path / "called").read_text() == "requeue 17\n"
+    assert (tmp_path / "called").read_text() == "show job 17\nrequeue 17\n"
+
+
+def test_a_cancelled_job_is_not_requeued(monkeypatch, caplog, tmp_path):
+    fake_scontrol(tmp_path, "CANCELLED")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stopping.requeue()
+    assert (tmp_path / "called").read_text() == "show job 17\n" and "job 17 was cancelled" in caplog.text
+
+
+def fake_scontrol(folder: Path, state: str) -> None:
+    """A `scontrol` that notes what it is asked, and says that every job is in this state."""
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/called\necho "JobId=17 JobState={state}"\n')
+    program.chmod(0o755)
 
 
 def test_a_job_that_cannot_be_requeued_is_named(monkeypatch, caplog, tmp_path):

@@ -20,6 +20,8 @@ spin, SMPL fits without a camera:
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,8 @@ from fasthmr.data.crops import CROP_SCALE
 _SITE = "https://vcai.mpi-inf.mpg.de/3dhp-dataset"
 _FPS = 25.0
 _JOINTS = 28
+#: what scipy raises for a .mat file that is damaged
+_UNREADABLE = (OSError, ValueError, TypeError, IndexError, NotImplementedError, zlib.error)
 #: 3DHP's annot.mat has 100 MB at most
 _MAX_MAT_BYTES = 1 << 30
 _NEEDS = {
@@ -95,7 +99,7 @@ def _raw(path: Path, unit: str) -> Iterator[Track]:
         raise ConvertError(f"{path} has {path.stat().st_size} bytes, more than {_MAX_MAT_BYTES}")
     try:
         labels = scipy.io.loadmat(path, variable_names=["annot2", "annot3"])
-    except (OSError, ValueError, TypeError, NotImplementedError, scipy.io.matlab.MatReadError) as error:
+    except (*_UNREADABLE, scipy.io.matlab.MatReadError) as error:
         raise ConvertError(f"{path} is no whole .mat file ({error}): download it again") from error
     if lacking := [name for name in ("annot2", "annot3") if name not in labels]:
         raise ConvertError(f"{path} has no {' and no '.join(lacking)}")
@@ -106,6 +110,7 @@ def _raw(path: Path, unit: str) -> Iterator[Track]:
         pictures = sorted(path.parent.glob(f"imageFrames/video_{number}/*.jpg"))
         if not pictures:
             continue
+        _require_no_gap(pictures)
         where = f"{unit}, camera {number}"
         cells = {name: labels[name][number, 0] for name in ("annot2", "annot3")}
         points = numbers(cells, "annot2", (None, 2 * _JOINTS), where).reshape(-1, _JOINTS, 2)
@@ -122,6 +127,14 @@ def _raw(path: Path, unit: str) -> Iterator[Track]:
             joints3d=joints29(_sure(places[:frames]), FROM_3DHP_28),
             status=FITS,
         )
+
+
+def _require_no_gap(pictures: list[Path]) -> None:
+    """Row n of the labels is the n-th frame of the video: one that is missing would shift all that follow."""
+    frames = [int(found[0]) if (found := re.findall(r"\d+", picture.stem)[-1:]) else -1 for picture in pictures]
+    for frame, following, picture in zip(frames, frames[1:], pictures[1:], strict=False):
+        if following != frame + 1:
+            raise ConvertError(f"{picture.parent} has no picture between {frame} and {following}: extract them again")
 
 
 def _calibration(path: Path) -> list[np.ndarray]:

@@ -266,7 +266,7 @@ class _Labels:
             if name not in given:
                 status[name] = "missing"
             value = given.get(name, np.zeros((frames, *_ARRAYS[name])))
-            arrays[name] = (value[0] if name in _OF_A_CLIP else value).astype(np.float32)
+            arrays[name] = (value[int(valid.argmax())] if name in _OF_A_CLIP else value).astype(np.float32)
         status["masks"] = "missing" if track.mask is None else status["masks"]
         return cls(body.id if body else None, arrays, status, valid, *_filled(center, size, valid))
 
