@@ -77,6 +77,7 @@ def default_recipe(shards: Path) -> list[str]:
         "decoder": [
             "--model.init_args.init_from=null", f"--data.init_args.train={shards}", f"--data.init_args.val={shards}",
             "--data.init_args.make_train=null", "--data.init_args.make_val=null", "--data.init_args.workers=0",
+            "--data.init_args.batch_size=2",
         ],
         "evaluation": [f"--data={shards}", "--max_clips=2", "--rounds=1", "--workers=0"],
     }  # fmt: skip

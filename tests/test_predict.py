@@ -202,6 +202,7 @@ def test_the_examples_of_the_documentation(film, decoder, hmr, free_body):  # no
     assert names["mesh"].vertices.shape == (6, 6600, 3)
     names["pipeline"] = Pipeline(hmr, decoder, free_body)
     names |= {"features": torch.randn(11, decoder.feature_dim), "betas": torch.zeros(11, 10)}
+    names["rotations"] = torch.eye(3).expand(11, 24, 3, 3)
     exec(streaming.replace("stride=8, look_ahead=8", "stride=4, look_ahead=5"), names)  # of a window of 12 frames
     assert len(names["refined"]) == 4 and len(names["rest"]) == 7
 

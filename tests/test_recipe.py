@@ -12,9 +12,11 @@ import torch
 import yaml
 from test_fit import QUICK, TINY_NET, default_recipe, run_fit, tiny_data
 
-from fasthmr.checkpoint import load_encoder, read_header
+from fasthmr.checkpoint import load_encoder, load_pipeline_parts, read_header
 from fasthmr.cli import UsageError
 from fasthmr.fit import fit
+from fasthmr.models.motion_vae import MotionVAEConfig
+from fasthmr.models.sampler import DiffusionConfig
 from fasthmr.recipe import StageResult, content_sha256, load_recipe, run_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -284,7 +286,7 @@ def test_stages_on_two_processes_one_and_two_again(tiny_shards, tmp_path):
 
 def test_every_recipe_is_tested():
     recipes = {p.name for p in (ROOT / "conf").glob("*.yaml") if "stages" in yaml.safe_load(p.read_text())}
-    assert recipes == {"fasthmr.yaml", "pretrain_tiny.yaml"}
+    assert recipes == {"fasthmr.yaml", "pretrain_tiny.yaml", "pretrain_decoder_tiny.yaml"}
 
 
 def test_the_default_recipe_runs_its_stages(tiny_shards, tmp_path):
@@ -299,6 +301,20 @@ def test_the_default_recipe_runs_its_stages(tiny_shards, tmp_path):
     for row in ("baseline", "+ layers merged", "+ Mask-ToMe", "+ decoder"):
         assert row in done.stdout
     assert (run / "evaluation/side_by_side.mp4").stat().st_size > 10_000
+
+
+def test_the_shipped_decoders_recipe_is_of_the_shipped_encoder(capsys):
+    with pytest.raises(SystemExit):
+        fit(["-c", str(ROOT / "conf/pretrain_decoder_tiny.yaml"), "--print_config", "--motion=M"])
+    configs = yaml.safe_load(capsys.readouterr().out)
+    prior, decoder = (configs[stage] for stage in ("prior", "decoder"))
+    shipped = load_pipeline_parts("shipped:encoder_tiny+shipped:decoder_tiny")[1]
+    assert shipped is not None
+    assert MotionVAEConfig(**prior["model"]["init_args"]["vae"]) == shipped.config.prior
+    arguments = decoder["model"]["init_args"]
+    assert arguments["encoder"] == decoder["data"]["init_args"]["encoder"] == "shipped:encoder_tiny"
+    assert DiffusionConfig(**arguments["diffusion"]) == shipped.config.diffusion
+    assert decoder["data"]["init_args"]["make_train"]["motion"] == prior["data"]["init_args"]["train"] == "M"
 
 
 def test_pretraining_hands_its_first_stage_to_the_second_which_resumes(tiny_shards, tmp_path, monkeypatch):
