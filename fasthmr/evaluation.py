@@ -168,7 +168,7 @@ def parse_systems(texts: Sequence[str]) -> dict[str, SystemConfig]:
     for text in texts:
         checkpoint = text.removesuffix(_ALL_TOKENS)
         name, equals, rest = checkpoint.partition("=")
-        if not equals or "/" in name or Path(checkpoint).is_file():  # as in runs/epoch=3.ckpt
+        if not equals or "/" in name or Path(checkpoint.partition("+")[0]).is_file():  # as in epoch=3.ckpt
             name, rest = "", checkpoint
         named.append((name, SystemConfig(rest, tokens="merged" if checkpoint == text else "all")))
     paths = list(dict.fromkeys(config.encoder for name, config in named if not name))

@@ -141,9 +141,12 @@ class Pipeline:
     def __init__(
         self, hmr: HMR, decoder: Decoder | None, body: BodyModel, config: PipelineConfig | None = None
     ) -> None:
-        width = decoder.encoder_dim if isinstance(decoder, DiffusionDecoder) else decoder and decoder.feature_dim
-        if decoder is not None and width != hmr.config.head_dim:
-            raise ValueError(f"the decoder takes features of width {width}, the encoder gives {hmr.config.head_dim}")
+        if decoder is not None:
+            width = decoder.encoder_dim if isinstance(decoder, DiffusionDecoder) else decoder.feature_dim
+            if width != hmr.config.head_dim:
+                raise ValueError(
+                    f"the decoder takes features of width {width}, the encoder gives {hmr.config.head_dim}"
+                )
         if isinstance(decoder, DiffusionDecoder):
             require_same_encoder(encoder_id(hmr), decoder.encoder, where="the decoder")
         self.hmr, self.decoder, self.body = hmr.eval(), decoder, body

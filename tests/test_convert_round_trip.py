@@ -12,6 +12,8 @@ import torch
 
 from fasthmr.body import BodyModel, load_body
 from fasthmr.conventions import JOINT_INDEX, MASK_OTHER, MASK_SUBJECT
+from fasthmr.data.convert.mpi_inf_3dhp import MpiInf3dhp
+from fasthmr.data.convert.reading import ConvertError
 from fasthmr.data.schema import Clip
 from fasthmr.data.shards import ClipStore, verify_shards
 from fasthmr.data.sheet import draw_mesh
@@ -278,6 +280,14 @@ def test_mpi_inf_3dhp_joints(tmp_path: Path, free_body: BodyModel, kind: str, wr
     assert clip.body is None and clip.status["pose"] == "missing"
     side = (made.boxes[:, 2:] - made.boxes[:, :2]).max(1)
     assert np.abs(clip.box_size / side - 1).max() < 0.15
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_lost_picture_cannot_shift_the_labels_of_3dhp(tmp_path: Path, free_body: BodyModel, lost: int) -> None:
+    foreign.write_3dhp_raw(tmp_path, foreign.take(free_body, seed=12, still=True))
+    (tmp_path / f"S1/Seq1/imageFrames/video_1/frame_{lost:06d}.jpg").unlink()
+    with pytest.raises(ConvertError, match=f"video_1 has no picture {lost}, but {lost + 1}"):
+        MpiInf3dhp(tmp_path, "raw").open("S1/Seq1/annot.mat")
 
 
 def test_mpi_inf_3dhp_of_spin(tmp_path: Path, free_body: BodyModel) -> None:

@@ -268,6 +268,12 @@ class TestCommand:
             "e.ckpt+d": SystemConfig("e.ckpt+d.ckpt"),
         }
 
+    def test_an_equals_sign_in_a_files_name_is_no_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "epoch=3.ckpt").touch()
+        (system,) = parse_systems(["epoch=3.ckpt+decoder.ckpt"]).values()
+        assert system == SystemConfig("epoch=3.ckpt+decoder.ckpt")
+
     def test_others_files_in_the_folder_stay_and_its_own_of_another_evaluation_do_not(self, lab, tmp_path):
         for name in ("notes.md", "table.md", "accuracy_and_speed.png", "side_by_side.mp4"):
             (tmp_path / name).write_text("old")

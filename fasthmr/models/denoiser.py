@@ -55,7 +55,7 @@ class LatentDenoiser(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
-        self.time_in = nn.Linear(2 * (config.feature_dim // 2), config.dim)
+        self.time_in = nn.Linear(2 * (config.feature_dim // 2), config.dim)  # a time embedding is of even width
         self.time_out = nn.Linear(config.dim, config.dim)
         self.condition = nn.Linear(config.feature_dim, config.dim)
         tokens = torch.rand(config.latents + 1, config.dim)

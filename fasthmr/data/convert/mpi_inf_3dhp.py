@@ -20,6 +20,7 @@ spin, SMPL fits without a camera:
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,9 +133,9 @@ def _raw(path: Path, unit: str) -> Iterator[Track]:
 def _require_no_gap(pictures: list[Path]) -> None:
     """Row n of the labels is the n-th frame of the video: one that is missing would shift all that follow."""
     frames = [int(found[0]) if (found := re.findall(r"\d+", picture.stem)[-1:]) else -1 for picture in pictures]
-    for frame, following, picture in zip(frames, frames[1:], pictures[1:], strict=False):
-        if following != frame + 1:
-            raise ConvertError(f"{picture.parent} has no picture between {frame} and {following}: extract them again")
+    for before, frame in itertools.pairwise([frames[0] - 1 if frames[0] in (0, 1) else 0, *frames]):
+        if frame != before + 1:
+            raise ConvertError(f"{pictures[0].parent} has no picture {before + 1}, but {frame}: extract them again")
 
 
 def _calibration(path: Path) -> list[np.ndarray]:
