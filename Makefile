@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 help:
 	@echo "make fit      set up, film synthetic clips, FastHMR in miniature on them (about 15 minutes on 2 cores)"
 	@echo "make test     set up and run the tests (about 10 minutes on 2 cores)"
-	@echo "make test-slurm  as root on Debian: install SLURM and shellcheck, run slurm/ on two nodes (about 3 minutes)"
+	@echo "make test-slurm  as root on Debian: install SLURM and shellcheck, run slurm/ on two nodes (2 to 3 minutes)"
 	@echo "make test-body  install Anny (0.5 GB) and check that it still makes the free body, byte by byte"
 	@echo "make check    ruff, mypy and the layering contract"
 	@echo "make bench    frames/s of renderer, loader and model on this machine"
@@ -43,9 +43,10 @@ test: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	@echo "[test-slurm] a SLURM of two nodes on this machine; without root, or where it cannot be installed, tests are skipped"
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! { command -v slurmctld && command -v shellcheck; } > /dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends \
+		export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
+		timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends \
 			slurmctld slurmd slurm-client munge shellcheck > /dev/null || echo "[test-slurm] it cannot be installed here"; fi
-	$(BIN)/python -m pytest -m slurm -rs --durations=0 tests/test_slurm.py $(ARGS)
+	timeout --signal=INT --kill-after=60 600 $(BIN)/python -m pytest -m slurm -rs --durations=0 tests/test_slurm.py $(ARGS)
 
 test-body: $(INSTALLED)
 	@echo "[test-body] installing Anny, then making the free body anew (about 3 minutes)"

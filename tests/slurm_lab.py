@@ -16,6 +16,8 @@ from pathlib import Path
 
 APT_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("n1", "n2")
+#: a command of SLURM's that takes longer hangs
+_ANSWER_S = 60
 
 #: cred_expire: a requeued job waits until its credentials have expired, by default two minutes
 _CONF = """
@@ -103,7 +105,9 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     ]  # fmt: skip
 
     def run(*command: str) -> str:
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True, timeout=_ANSWER_S
+        ).stdout
 
     run("munged", "--force", *munge)
     try:
@@ -111,7 +115,13 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         run("slurmctld", "-c")
         for node in NODES:
             run("slurmd", "-N", node, "-c")
-        wait_until(lambda: run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(len(NODES)), 60, "idle nodes")
+        try:
+            wait_until(
+                lambda: run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(len(NODES)), 60, "idle nodes"
+            )
+        except AssertionError as error:
+            logs = (f"{log.name}:\n{log.read_text()[-2000:]}" for log in sorted(folder.glob("slurm*.log")))
+            raise AssertionError("\n".join((str(error), *logs))) from error
         yield environment
     finally:
         with suppress(subprocess.CalledProcessError):

@@ -48,7 +48,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment, check=True, stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, env=self.environment, check=True, stdout=subprocess.PIPE, text=True, timeout=60
         ).stdout.strip()
 
     def submit(self, *arguments: str, **environment: str) -> str:
