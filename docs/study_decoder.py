@@ -7,12 +7,14 @@ ENCODER is an encoder's checkpoint, DATA holds the sets `train` and `val` of cli
 folders or packs. Motion priors train as conf/prior_tiny.yaml does, decoders as conf/decoder_tiny.yaml, on features of
 ENCODER with its token merging (192 -> 90 tokens if it has none), each run on one thread, `--jobs` at a time. Tables:
 
-1. latents of the prior (FastHMR, Tab. 3)     4. with and without merging tokens (Tab. 8)
-2. objective of the denoiser (Tab. 5)         5. denoising steps
-3. joints and twists or 6D (Tab. 7)           6. naive or adaptive inverse kinematics
+1. latents of the prior (FastHMR, Tab. 3)     5. with and without merging tokens (Tab. 8)
+2. objective of the denoiser (Tab. 5)         6. denoising steps
+3. what is diffused, and from which steps     7. naive or adaptive inverse kinematics
+4. joints and twists or 6D (Tab. 7)
 
-Tables 2 to 6 are of the first of `--sizes`. Finished runs are not repeated and interrupted ones go on, if they are of
-the same encoder, data and settings; otherwise it says what differs. Numbers are the modules' own validation: of the
+Tables 2 to 7 are of the first of `--sizes`. Objectives are compared with steps drawn evenly, as in the paper; all else
+is as conf/decoder_tiny.yaml has it. Finished runs are not repeated and interrupted ones go on, if they are of the same
+encoder, data and settings; otherwise it says what differs. Numbers are the modules' own validation: of the
 prior's windows of VAL without pictures, and of all windows of DATA/val; those of several seeds are averaged. Prints
 Markdown.
 """
@@ -47,12 +49,23 @@ PRIOR_CONFIG, DECODER_CONFIG = Path("conf/prior_tiny.yaml"), Path("conf/decoder_
 SIZES = ("9x192", "9x96", "27x192", "3x192")
 STEPS = (1, 2, 4, 10)
 OBJECTIVES: dict[Objective, str] = {"noise": "noise", "v": "v", "both": "v and noise"}
+#: `DiffusionConfig.last_step_share` of training as in the paper, and `.residual` of what is diffused
+EVENLY = 0.0
+DIFFUSED = {False: "poses", True: "corrections to the encoder's"}
 REPRESENTATIONS: dict[Representation, str] = {"joints_twists": "joints and twists", "rotations_6d": "6D rotations"}
 #: features of the encoder with its tokens merged, and with all of them
 MERGED, ALL_TOKENS = "merged", "all"
 DECODER_METRICS = ("pa_mpjpe_mm", "mpjpe_mm", "accel_m_s2")
 
 Metrics = Mapping[str, float]
+
+
+def _configured(config: Path) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / config).read_text())
+    return values
+
+
+CONFIGURED = DiffusionConfig(**_configured(DECODER_CONFIG)["model"]["init_args"]["diffusion"])
 
 
 @dataclass(frozen=True)
@@ -75,11 +88,18 @@ class DecoderRun:
 
     prior: PriorRun
     objective: Objective = "both"
+    last_step_share: float = CONFIGURED.last_step_share
+    residual: bool = CONFIGURED.residual
     tokens: str = MERGED
 
     @property
     def name(self) -> str:
-        return f"decoder_{self.objective}_{self.tokens}_of_{self.prior.name}"
+        what = f"{self.objective}_{'corrections' if self.residual else 'poses'}_last{self.last_step_share:g}"
+        return f"decoder_{what}_{self.tokens}_of_{self.prior.name}"
+
+    @property
+    def diffusion(self) -> dict[str, Any]:
+        return {"objective": self.objective, "last_step_share": self.last_step_share, "residual": self.residual}
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,7 @@ class Study:
         encoder: its checkpoint.
         data: folder of the sets `train` and `val`.
         motion, motion_val: of the priors.
+        procedural_share: of windows of the priors' training that are procedural motion.
         out: folder to write to.
         smaller: what is smaller than in the config files.
         prior_epochs, epochs: of a prior and of a decoder; None: the config files'.
@@ -121,6 +142,7 @@ class Study:
     data: Path
     motion: str
     motion_val: str
+    procedural_share: float
     out: Path
     smaller: Smaller
     prior_epochs: int | None
@@ -170,7 +192,9 @@ class Study:
         vae = {**self._vae(), **numbers, "pose_dim": pose_dim(run.representation)}
         if vae["dim"] % vae["heads"]:
             raise StudyError(f"the width of latents must be a multiple of {vae['heads']}, the heads, got {run.dim}")
-        motions = {"window": vae["window"], **self.smaller.motions}
+        motions = {
+            "window": vae["window"], "procedural_share": self.procedural_share, **self.smaller.motions,
+        }  # fmt: skip
         epochs = self.prior_epochs or _configured(PRIOR_CONFIG)["trainer"]["max_epochs"]
         overlay = {
             "seed_everything": run.seed,
@@ -190,9 +214,8 @@ class Study:
         epochs = self.epochs or configured["trainer"]["max_epochs"]
         settings = configured["model"]["init_args"]
         denoiser = {**settings["denoiser"], **self.smaller.denoiser}
-        diffusion = {**settings["diffusion"], "objective": run.objective}
         model = {
-            "prior": str(prior), "encoder": str(encoder), "denoiser": denoiser, "diffusion": diffusion,
+            "prior": str(prior), "encoder": str(encoder), "denoiser": denoiser, "diffusion": run.diffusion,
         }  # fmt: skip
         overlay = {
             "seed_everything": run.prior.seed,
@@ -202,7 +225,7 @@ class Study:
         }
         made_from = {
             "prior": content_sha256(prior), "encoder": encoder_id(load_encoder(encoder)), "denoiser": denoiser,
-            "diffusion": diffusion, "batch_size": self.features(run.tokens)["batch_size"],
+            "diffusion": run.diffusion, "batch_size": self.features(run.tokens)["batch_size"],
             "seed": run.prior.seed, "epochs": epochs, **self.data_digests,
         }  # fmt: skip
         return train(DECODER_CONFIG, overlay, self.out / run.name, made_from)
@@ -264,7 +287,8 @@ class Tables:
             for seed in self.seeds
             for run in (
                 *(self._run(seed, size) for size in self.sizes),
-                *(self._run(seed, objective=objective) for objective in OBJECTIVES),
+                *(self._run(seed, objective=objective, last_step_share=EVENLY) for objective in OBJECTIVES),
+                *(self._run(seed, **settings) for settings in self._diffused()),
                 *(self._run(seed, representation=representation) for representation in REPRESENTATIONS),
                 self._run(seed, tokens=ALL_TOKENS),
             )
@@ -292,7 +316,11 @@ class Tables:
             "Objective (Tab. 5)",
             ["the network predicts", "sampled from step", *errors],
             [
-                [name, LatentDiffusion(DiffusionConfig(objective=o)).timesteps(1)[0], *self._decoder(objective=o)]
+                [
+                    name,
+                    LatentDiffusion(DiffusionConfig(objective=o)).timesteps(1)[0],
+                    *self._decoder(objective=o, last_step_share=EVENLY),
+                ]
                 for o, name in OBJECTIVES.items()
             ],
         )
@@ -300,6 +328,14 @@ class Tables:
             f"\nSteps are 0 to {DiffusionConfig().steps - 1}. At the last one the input is nothing but noise, so that "
             "to predict it says nothing of the latents: noise is predicted one step earlier."
         )
+        print_table(
+            "What is diffused, and from which steps",
+            ["diffused are", "trained at the last step", *errors],
+            [
+                [DIFFUSED[s["residual"]], _share(s["last_step_share"]), *self._decoder(**s)]
+                for s in self._diffused()
+            ],
+        )  # fmt: skip
         print_table(
             "Representation (Tab. 7)",
             ["poses are", "numbers", "prior's reconstruction: MPJPE, mm", "Accel, m/s²", *errors],
@@ -328,6 +364,12 @@ class Tables:
             [[name, *self._validated(adaptive_ik=how)] for name, how in (("naive", False), ("adaptive", True))],
         )
 
+    @staticmethod
+    def _diffused() -> list[dict[str, Any]]:
+        """Settings of the rows of table 3."""
+        shares = dict.fromkeys((EVENLY, CONFIGURED.last_step_share))
+        return [{"residual": residual, "last_step_share": share} for residual in DIFFUSED for share in shares]
+
     def _run(self, seed: int, size: tuple[int, int] | None = None, **settings: Any) -> DecoderRun:
         representation: Representation = settings.pop("representation", "joints_twists")
         return DecoderRun(PriorRun(*(size or self.sizes[0]), seed, representation), **settings)
@@ -341,6 +383,10 @@ class Tables:
 
     def _validated(self, **settings: Any) -> list[object]:
         return _errors([self.study.validate(self._run(seed), **settings) for seed in self.seeds])
+
+
+def _share(last_step_share: float) -> str:
+    return f"{last_step_share:.0%} of windows" if last_step_share else "as any other"
 
 
 def _errors(results: Sequence[Metrics], prefix: str = "") -> list[object]:
@@ -357,11 +403,6 @@ def _means(results: Sequence[Metrics], names: Sequence[str]) -> list[float]:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def _configured(config: Path) -> dict[str, Any]:
-    values: dict[str, Any] = yaml.safe_load(config.read_text())
-    return values
-
-
 def _size(text: str) -> tuple[int, int]:
     latents, times, dim = text.partition("x")
     if not times or not latents.isdecimal() or not dim.isdecimal():
@@ -375,6 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--features_data", type=Path, required=True, help="folder of the clip sets train and val")
     parser.add_argument("--motion", default="procedural", help="of priors: AMASS-format folder or pack, or procedural")
     parser.add_argument("--motion_val", default="procedural", help="the same for their validation")
+    parser.add_argument("--procedural_share", type=float, default=0.0, help="of windows from MOTION's training")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", help=f"of the latents; default: {' '.join(SIZES)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -389,8 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise StudyError(f"--{name} must be 1 or more, got {getattr(options, name)}")
         smaller = QUICK if options.quick else Smaller()
         study = Study(
-            options.encoder, options.features_data, options.motion, options.motion_val, options.out, smaller,
-            options.prior_epochs or smaller.epochs, options.epochs or smaller.epochs,
+            options.encoder, options.features_data, options.motion, options.motion_val, options.procedural_share,
+            options.out, smaller, options.prior_epochs or smaller.epochs, options.epochs or smaller.epochs,
         )  # fmt: skip
         tables = Tables(study, [_size(text) for text in options.sizes or smaller.sizes], options.seeds)
         torch.set_num_threads(1)

@@ -4,8 +4,8 @@
     python docs/study_progressive.py CHECKPOINT --data DATA --out OUT --epochs 1 --clips 160      in minutes
 
 CHECKPOINT is an un-merged encoder of any size, DATA holds the sets `train` and `val`. Every run fine-tunes as
-conf/progressive_tiny.yaml does, with Mask-ToMe (192 -> 90 tokens), for the same number of steps, on one thread,
-`--jobs` runs at a time:
+conf/progressive_tiny.yaml does, with the encoder's own token merging (Mask-ToMe to 90 tokens if it has none), for the
+same number of steps, on one thread, `--jobs` runs at a time:
 
 - "never": all layers stay;
 - "once": the layers that ECLM merges on calibration frames, tokens merged too, are merged before fine-tuning. The
@@ -21,39 +21,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
-import hashlib
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from study_runs import LAST_CHECKPOINT, StudyError, digest, locked, print_table, train
 
 from fasthmr.body import load_body, require_same_body
 from fasthmr.calibration import CalibrationSet, PlanErrors, RememberedErrors
 from fasthmr.checkpoint import encoder_id, load_encoder, read_header, save_encoder
 from fasthmr.data.shards import ClipStore
-from fasthmr.files import write_text
 from fasthmr.merging import LayerMergePlan, TokenMerging, search_layer_merges
 from fasthmr.models.hmr import HMR
 
 CONFIG = Path("conf/progressive_tiny.yaml")
-TOKENS = TokenMerging()
 CALIBRATION_CLIPS, CALIBRATION_FRAMES = 100, 5
 VAL_FRAMES = 27
 #: budgets of ECLM that are tried: this one, doubled until it suffices, then halved intervals down to the precision
 FIRST_TAU_MM, LAST_TAU_MM, TAU_STEPS = 0.1, 1000.0, 5
 METRICS = ("pa_mpjpe_mm", "mpjpe_mm", "pve_mm")
-
-
-class StudyError(Exception):
-    """The study cannot go on; the message says what, got, do."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +79,11 @@ class Study:
     epochs: int
     clips: int | None = None
 
+    @cached_property
+    def tokens(self) -> TokenMerging:
+        """What all runs merge tokens by."""
+        return read_header(self.checkpoint).config.token_merging or TokenMerging()
+
     @property
     def batches(self) -> int:
         """Training batches of an epoch."""
@@ -112,7 +108,7 @@ class Study:
 
     def identity(self) -> dict[str, Any]:
         """Everything that results follow from, but for the run; plain data."""
-        shards = {name: _digest(ClipStore(self.data / name).manifest.shards) for name in ("train", "val")}
+        shards = {name: digest(ClipStore(self.data / name).manifest.shards) for name in ("train", "val")}
         return {
             "encoder": encoder_id(load_encoder(self.checkpoint)),
             **shards,
@@ -120,8 +116,7 @@ class Study:
             "batches": self.batches,
             "clips": self.clips,
             "calibration": self.calibration,
-            "token_merging": dataclasses.asdict(TOKENS),
-            "config": _config_digest(),
+            "token_merging": dataclasses.asdict(self.tokens),
         }
 
 
@@ -156,10 +151,10 @@ def merge_once(study: Study, layers: Sequence[int], identity: dict[str, Any]) ->
     """Write the encoders that ECLM merges to these numbers of layers, with tokens merged while it searches."""
     body, hmr = load_body(), load_encoder(study.checkpoint)
     require_same_body(body.id, read_header(study.checkpoint).body, where=str(study.checkpoint))
-    hmr.set_token_merging(TOKENS)
+    hmr.set_token_merging(study.tokens)
     depth = len(hmr.backbone.blocks)
     measured = PlanErrors(hmr, body, CalibrationSet.read(study.data / "train", body.id, **study.calibration))
-    remembered = RememberedErrors(measured, study.out / "search.json", _digest(identity))
+    remembered = RememberedErrors(measured, study.out / "search.json", digest(identity))
     files = {}
     for number in layers:
         plan, tau = plan_of_depth(depth, number, remembered)
@@ -182,40 +177,18 @@ def fine_tune(study: Study, run: Run, start: Path, identity: dict[str, Any]) -> 
         StudyError: its folder holds a run of something else, it failed, or it ended at another depth.
     """
     run_dir = study.out / run.name
-    _require_same(run_dir, {**identity, **dataclasses.asdict(run), "start": encoder_id(load_encoder(start))})
-    last = run_dir / "checkpoints/last.ckpt"
-    if not (run_dir / "done.json").exists():
-        if _config_digest() != identity["config"]:
-            raise StudyError(f"{CONFIG} was changed while the study ran: restore it, or begin anew in another --out")
-        overlay = run_dir / "overlay.yaml"
-        write_text(overlay, yaml.safe_dump(_overlay(study, run, start, run_dir)))
-        command = [sys.executable, "-m", "fasthmr.fit", "-c", str(CONFIG), "-c", str(overlay)]
-        command += ["--ckpt_path", "last"] if last.exists() else []
-        with (run_dir / "log.txt").open("a") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            if subprocess.run(command, env=environment, stdout=log, stderr=log).returncode != 0:
-                raise StudyError(f"{run.name} failed: see {log.name}")
-    depth = len(read_header(last).merge_plan.layers)
+    made_from = {**identity, **dataclasses.asdict(run), "start": encoder_id(load_encoder(start))}
+    metrics = train(CONFIG, _overlay(study, run, start), run_dir, made_from)
+    depth = len(read_header(run_dir / LAST_CHECKPOINT).merge_plan.layers)
     if depth != run.layers:
         raise StudyError(f"{run.name} ended with {depth} layers: give it more steps, with --epochs or --clips")
-    metrics: dict[str, float] = json.loads((run_dir / "done.json").read_text())["metrics"]
-    if missing := [name for name in METRICS if f"val/{name}" not in metrics]:
-        raise StudyError(f"{run.name} was killed after its last validation and lacks {missing}: remove {run_dir}")
     return {name: metrics[f"val/{name}"] for name in METRICS}
 
 
-def _overlay(study: Study, run: Run, start: Path, run_dir: Path) -> dict[str, Any]:
+def _overlay(study: Study, run: Run, start: Path) -> dict[str, Any]:
     """What a run's config has on top of `CONFIG`."""
     header = read_header(start)
-    callbacks: list[dict[str, Any]] = [
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {
-                "dirpath": str(run_dir / "checkpoints"), "filename": "newest", "enable_version_counter": False,
-                "every_n_epochs": 1, "save_on_train_epoch_end": True, "save_last": True,
-            },
-        }
-    ]  # fmt: skip
+    callbacks: list[dict[str, Any]] = []
     if run.how == "progressive":
         removed = header.config.vit_depth - run.layers
         merging = {
@@ -223,13 +196,12 @@ def _overlay(study: Study, run: Run, start: Path, run_dir: Path) -> dict[str, An
             "every_n_steps": max(1, study.epochs * study.batches // (2 * removed)), "layers_per_event": 1,
             "target_layers": run.layers, "moments": run.moments,
         }  # fmt: skip
-        callbacks.insert(0, {"class_path": "callbacks.progressive.ProgressiveMerging", "init_args": merging})
+        callbacks.append({"class_path": "callbacks.progressive.ProgressiveMerging", "init_args": merging})
     validation = ClipStore(study.data / "val")
     limit = min(len(validation), study.clips or sys.maxsize)
     frames = min(VAL_FRAMES, *(length for _, length in validation.lengths()))
-    net = {**header.config.as_dict(), "token_merging": dataclasses.asdict(TOKENS)}
+    net = {**header.config.as_dict(), "token_merging": dataclasses.asdict(study.tokens)}
     return {
-        "run_dir": str(run_dir),
         "seed_everything": run.seed,
         "model": {"init_args": {"net": net, "init_from": str(start)}},
         "data": {
@@ -240,24 +212,10 @@ def _overlay(study: Study, run: Run, start: Path, run_dir: Path) -> dict[str, An
             }
         },
         "trainer": {
-            "max_epochs": study.epochs, "check_val_every_n_epoch": study.epochs, "enable_progress_bar": False,
+            "max_epochs": study.epochs, "check_val_every_n_epoch": study.epochs,
             "limit_train_batches": study.batches, "limit_val_batches": limit, "callbacks": callbacks,
         },
     }  # fmt: skip
-
-
-def _require_same(run_dir: Path, identity: dict[str, Any]) -> None:
-    """Write down what a run is made from, or compare it with what an earlier one in the same folder was made from."""
-    file = run_dir / "made_from.json"
-    identity = json.loads(json.dumps(identity))
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = [f"{k}: {before.get(k)} -> {v}" for k, v in identity.items() if before.get(k) != v]
-        if changed:
-            raise StudyError(f"{run_dir} was made from something else ({'; '.join(changed)}): choose another --out")
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(identity, indent=1))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -265,24 +223,24 @@ def _require_same(run_dir: Path, identity: dict[str, Any]) -> None:
 
 def print_tables(results: dict[Run, dict[str, float]]) -> None:
     """Every run, then means over seeds."""
-    print("\n| layers | merged | moments | seed | PA-MPJPE, mm | MPJPE, mm | PVE, mm |\n|---|---|---|---|---|---|---|")
-    for run, values in results.items():
-        errors = " | ".join(f"{values[name]:.1f}" for name in METRICS)
-        print(f"| {run.layers} | {run.how} | {run.moments} | {run.seed} | {errors} |")
-    print(
-        "\nMPJPE, mm, mean over seeds:\n\n| layers | merged | moments | mean | from | to |\n|---|---|---|---|---|---|"
+    print_table(
+        "Every run",
+        ["layers", "merged", "moments", "seed", "PA-MPJPE, mm", "MPJPE, mm", "PVE, mm"],
+        [[r.layers, r.how, r.moments, r.seed, *(v[name] for name in METRICS)] for r, v in results.items()],
     )
+    rows = []
     for how, layers, moments in dict.fromkeys((run.how, run.layers, run.moments) for run in results):
         same = [
             v["mpjpe_mm"] for run, v in results.items() if (run.how, run.layers, run.moments) == (how, layers, moments)
         ]
-        print(f"| {layers} | {how} | {moments} | {sum(same) / len(same):.1f} | {min(same):.1f} | {max(same):.1f} |")
+        rows.append([layers, how, moments, sum(same) / len(same), min(same), max(same)])
+    print_table("MPJPE, mm, over seeds", ["layers", "merged", "moments", "mean", "from", "to"], rows)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def study_runs(layers: Sequence[int], seeds: Sequence[int], moments: Sequence[str], depth: int) -> list[Run]:
+def all_runs(layers: Sequence[int], seeds: Sequence[int], moments: Sequence[str], depth: int) -> list[Run]:
     """All runs, each once."""
     runs = [Run("never", depth, seed) for seed in seeds]
     for number in layers:
@@ -320,34 +278,21 @@ def _results(study: Study, options: argparse.Namespace) -> dict[Run, dict[str, f
     depth = len(hmr.backbone.blocks)
     if hmr.merge_plan.events:
         raise StudyError(f"{study.checkpoint} has merged layers already ({hmr.merge_plan}): give an un-merged encoder")
-    hmr.set_token_merging(TOKENS)
+    hmr.set_token_merging(study.tokens)
     fewest = len(hmr.backbone.tokens_merged(depth))
     layers = list(dict.fromkeys(options.layers))
     if wrong := [number for number in layers if not fewest <= number < depth]:
         raise StudyError(f"--layers must be from {fewest}, which Mask-ToMe needs, to {depth - 1}, got {wrong}")
-    study.out.mkdir(parents=True, exist_ok=True)
-    with (study.out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StudyError(f"another study is running in {study.out}: wait for it, or choose another --out") from None
+    with locked(study.out):
         identity = study.identity()
         merged = merge_once(study, layers, identity)
-        runs = study_runs(layers, options.seeds, options.moments, depth)
+        runs = all_runs(layers, options.seeds, options.moments, depth)
 
         def result(run: Run) -> dict[str, float]:
             return fine_tune(study, run, merged[run.layers] if run.how == "once" else study.checkpoint, identity)
 
         with ThreadPoolExecutor(options.jobs) as pool:
             return dict(zip(runs, pool.map(result, runs), strict=True))
-
-
-def _config_digest() -> str:
-    return hashlib.sha256(CONFIG.read_bytes()).hexdigest()[:16]
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def train(config: Path, overlay: Mapping[str, Any], run_dir: Path, made_from: Ma
 
     Args:
         config: the config file.
-        overlay: what lies on top of it, without `run_dir` and callbacks.
+        overlay: what lies on top of it, without `run_dir`; its callbacks are all there are, but for the checkpoints.
         run_dir: the run's folder.
         made_from: plain data that the result follows from, besides the config file.
 
@@ -46,7 +46,8 @@ def train(config: Path, overlay: Mapping[str, Any], run_dir: Path, made_from: Ma
             "dirpath": str(run_dir / "checkpoints"), "filename": "newest", "enable_version_counter": False,
             "every_n_epochs": 1, "save_on_train_epoch_end": True, "save_last": True,
         }  # fmt: skip
-        callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}]
+        checkpoints = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+        callbacks = [*overlay["trainer"].get("callbacks", []), checkpoints]
         trainer = {**overlay["trainer"], "callbacks": callbacks, "enable_progress_bar": False}
         write_text(file, yaml.safe_dump({**overlay, "run_dir": str(run_dir), "trainer": trainer}))
         if run_command(["-c", str(config), "-c", str(file), "--ckpt_path", "auto"], run_dir / "log.txt") != 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import json
 import os
@@ -360,11 +359,12 @@ class TestBadInput:
 @pytest.fixture(scope="module")
 def study():
     """docs/study_progressive.py."""
-    spec = importlib.util.spec_from_file_location("study_progressive", ROOT / "docs/study_progressive.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import study_progressive
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    return study_progressive
 
 
 class TestStudy:
@@ -400,5 +400,5 @@ class TestStudy:
             study.fine_tune(longer, run, start, longer.identity())
 
     def test_runs_are_all_different(self, study):
-        runs = study.study_runs([8, 6], [0, 1, 1], ["later", "reset"], depth=12)
+        runs = study.all_runs([8, 6], [0, 1, 1], ["later", "reset"], depth=12)
         assert len({run.name for run in runs}) == len(runs) == 2 + 2 * (2 + 4)

@@ -81,19 +81,24 @@ def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
     assert command.main(arguments(folder)) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     rows = rows_of(printed)
-    assert printed.count("**") == 2 * 6
-    assert len(rows) == 6 * 2 + (1 + 1) + 3 + 2 + 4 + 4 + 2
+    assert printed.count("**") == 2 * 7
+    assert len(rows) == 7 * 2 + (1 + 1) + 3 + 4 + 2 + 4 + 4 + 2
     named = {row[0]: row for row in rows}
     assert [named[name][1] for name in ("noise", "v", "v and noise")] == ["998", "999", "999"]
     assert [named[name][1] for name in ("joints and twists", "6D rotations")] == ["133", "144"]
     # What is measured anew, with the settings of the training's own validation, is what that measured.
     trained = named["3 x 32"][3:]
-    assert trained == named["v and noise"][2:] == named["joints and twists"][4:] == named["1"][1:] == named["naive"][1:]
+    assert trained == named["joints and twists"][4:] == named["1"][1:] == named["naive"][1:]
+    diffused = {tuple(row[:2]): row[2:] for row in rows if len(row) == 6 and row[0] in command.DIFFUSED.values()}
+    assert diffused["corrections to the encoder's", "80% of windows"] == trained
+    assert diffused["corrections to the encoder's", "as any other"] == named["v and noise"][2:] != trained
+    assert diffused["poses", "80% of windows"] != trained
     for other in (named["10"][1:], named["adaptive"][1:], named["noise"][2:], named["6D rotations"][4:]):
         assert other != trained
     alone = named["encoder alone, per frame"]
     assert ["merged tokens", "encoder alone", *alone[3:]] in rows and alone[-1] == "1.00"
-    done = json.loads((folder / "out/decoder_both_merged_of_prior_3x32_joints_twists_seed0/done.json").read_text())
+    run = "decoder_both_corrections_last0.8_merged_of_prior_3x32_joints_twists_seed0"
+    done = json.loads((folder / "out" / run / "done.json").read_text())
     assert trained[1] == f"{done['metrics']['val/mpjpe_mm']:.1f}"
 
     monkeypatch.setattr(runs, "run_command", lambda *_: pytest.fail("a finished run was repeated"))
