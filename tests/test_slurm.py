@@ -16,7 +16,7 @@ import torch
 import yaml
 from slurm_lab import slurm, wait_until, why_not
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_fit import START_TINY, TINY_NET, tiny_data
+from test_fit import START_TINY, TINY_NET, default_recipe, tiny_data
 
 from fasthmr.data.shards import ClipStore
 
@@ -46,9 +46,9 @@ class Cluster:
             "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "120",
         }  # fmt: skip
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, cwd: Path = ROOT) -> str:
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment, check=True, stdout=subprocess.PIPE, text=True, timeout=60
+            command, cwd=cwd, env=self.environment, check=True, stdout=subprocess.PIPE, text=True, timeout=60
         ).stdout.strip()
 
     def submit(self, *arguments: str, **environment: str) -> str:
@@ -194,3 +194,32 @@ def test_an_array_makes_a_set_and_a_part_that_was_killed_is_run_again(cluster):
     again = cluster.submit("--array=2", *script, PARTS="3")
     cluster.wait_for(again, "COMPLETED")
     assert len(ClipStore(made)) == 3
+
+
+def test_a_recipe_as_one_job_a_stage_and_an_array_that_compares_what_it_made(cluster, tiny_shards):
+    here = cluster.folder / "here"  # recipes write to runs/ of the folder that they are submitted from
+    here.mkdir()
+    for name in ("slurm", "conf"):
+        (here / name).symlink_to(ROOT / name)
+    done = cluster.run(
+        sys.executable, "slurm/submit.py", "-c", "conf/fasthmr.yaml", *default_recipe(tiny_shards),
+        f"--sbatch=--cpus-per-task=1 --output={cluster.folder}/%A.out", cwd=here,
+    )  # fmt: skip
+    jobs = dict(re.findall(r"job (\d+): (\w+)", done))
+    assert list(jobs.values()) == ["prior", "encoder", "decoder", "evaluation"]
+    for job in jobs:
+        cluster.wait_for(job, "COMPLETED")
+    run = here / "runs/fasthmr"
+    assert "| + decoder" in (run / "evaluation/table.md").read_text()
+
+    systems = cluster.folder / "systems.txt"
+    systems.write_text(f"shipped:encoder_tiny\nmine={run}/encoder/checkpoints/best.ckpt\n")
+    out = cluster.folder / "compared"
+    array = cluster.submit(
+        "--array=1-3", "slurm/evaluate_array.sbatch", str(systems), str(out), f"--data={tiny_shards}", "--max_clips=2",
+        "--speed=false", "--workers=0",
+    )  # fmt: skip
+    cluster.wait_for(array, "COMPLETED", "FAILED")
+    assert sorted(cluster.states(array)) == ["COMPLETED", "COMPLETED", "FAILED"]  # there is no third line
+    names = [[s["name"] for s in json.loads((out / f"{n}/results.json").read_text())["systems"]] for n in (1, 2)]
+    assert names == [["shipped:encoder_tiny"], ["mine"]]
