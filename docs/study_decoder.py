@@ -10,9 +10,9 @@ ENCODER with its token merging (192 -> 90 tokens if it has none), each run on on
 1. latents of the prior (FastHMR, Tab. 3)     5. with and without merging tokens (Tab. 8)
 2. objective of the denoiser (Tab. 5)         6. denoising steps
 3. what is diffused, and from which steps     7. naive or adaptive inverse kinematics
-4. joints and twists or 6D (Tab. 7)
+4. joints and twists or 6D (Tab. 7)           8. a Gaussian filter instead, and the detail that a prior loses
 
-Tables 2 to 7 are of the first of `--sizes`. Objectives are compared with steps drawn evenly, as in the paper; all else
+Tables 2 to 8 are of the first of `--sizes`. Objectives are compared with steps drawn evenly, as in the paper; all else
 is as conf/decoder_tiny.yaml has it. Finished runs are not repeated and interrupted ones go on, if they are of the same
 encoder, data and settings; otherwise it says what differs. Numbers are the modules' own validation: of the
 prior's windows of VAL without pictures, and of all windows of DATA/val; those of several seeds are averaged. Prints
@@ -36,18 +36,23 @@ import yaml
 from study_runs import LAST_CHECKPOINT, StudyError, digest, locked, print_table, train
 
 from datamodules.features import FeatureDataModule
+from fasthmr.body import decode_pose, encode_pose, load_body
 from fasthmr.body.pose import Representation, pose_dim
 from fasthmr.checkpoint import encoder_id, load_encoder, read_checkpoint, read_header, save_encoder
 from fasthmr.data.store import ClipStore
 from fasthmr.data.synth.motion import load_motion_source
+from fasthmr.geometry.smoothing import smoothed
 from fasthmr.lit.decoder import DenoiserSizes, DiffusionDecoderModule
 from fasthmr.merging import TokenMerging
+from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.sampler import DiffusionConfig, LatentDiffusion, Objective
 from fasthmr.recipe import content_sha256
 
 PRIOR_CONFIG, DECODER_CONFIG = Path("conf/prior_tiny.yaml"), Path("conf/decoder_tiny.yaml")
 SIZES = ("9x192", "9x96", "27x192", "3x192")
 STEPS = (1, 2, 4, 10)
+#: deviations of the filters that stand in for a decoder, frames
+FILTERS = (1.0, 2.0, 3.0)
 OBJECTIVES: dict[Objective, str] = {"noise": "noise", "v": "v", "both": "v and noise"}
 #: `DiffusionConfig.last_step_share` of training as in the paper, and `.residual` of what is diffused
 EVENLY = 0.0
@@ -99,7 +104,10 @@ class DecoderRun:
 
     @property
     def diffusion(self) -> dict[str, Any]:
-        return {"objective": self.objective, "last_step_share": self.last_step_share, "residual": self.residual}
+        return {
+            "objective": self.objective, "last_step_share": self.last_step_share, "residual": self.residual,
+            "detail": CONFIGURED.detail if self.residual else 0.0,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,9 @@ class Study:
         }  # fmt: skip
         return train(DECODER_CONFIG, overlay, self.out / run.name, made_from)
 
-    def validate(self, run: DecoderRun, steps: int = 1, adaptive_ik: bool = False) -> Metrics:
+    def validate(
+        self, run: DecoderRun, steps: int = 1, adaptive_ik: bool = False, detail: float | None = None
+    ) -> Metrics:
         """Validate a trained decoder with other settings than those that it was validated with."""
         run_dir = self.out / run.name
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -239,7 +249,7 @@ class Study:
             settings["prior"],
             settings["encoder"],
             DenoiserSizes(**settings["denoiser"]),
-            DiffusionConfig(**settings["diffusion"]),
+            DiffusionConfig(**settings["diffusion"] | ({} if detail is None else {"detail": detail})),
             steps=steps,
             ema_decay=settings["ema_decay"],
             protocol=settings["protocol"],
@@ -253,6 +263,24 @@ class Study:
         return dict(
             trainer.validate(module, datamodule=FeatureDataModule(**self.features(run.tokens)), verbose=False)[0]
         )
+
+    @torch.no_grad()
+    def filtered(self, deviation: float) -> Metrics:
+        """Errors of the encoder alone, whose poses go through a Gaussian filter of so many frames."""
+        body, errors = load_body(), PoseErrors(PROTOCOLS["body-24"])
+        data = FeatureDataModule(**self.features(MERGED))
+        data.prepare_data()
+        data.setup("validate")
+        for batch in data.val_dataloader():
+            betas = errors.protocol.clip_betas(batch.predicted_betas, batch.valid)
+            poses = smoothed(encode_pose(batch.predicted_rotations, betas, body), deviation, batch.valid)
+            shape, true_betas = betas.shape[:2], batch.betas[:, None].expand_as(betas)
+            ours, true = (
+                body(rotations.flatten(0, 1), shapes.flatten(0, 1)).joints.unflatten(0, shape)
+                for rotations, shapes in ((decode_pose(poses, betas, body), betas), (batch.rotations, true_betas))
+            )
+            errors.update(ours, true, None, None, batch.valid, batch.fps)
+        return {f"val/{name}": float(value) for name, value in errors.compute().items()}
 
     def compute_features(self) -> None:
         """Of both encoders, before runs that share them begin side by side."""
@@ -362,6 +390,21 @@ class Tables:
             "Inverse kinematics, of the same weights",
             ["inverse kinematics", *errors],
             [[name, *self._validated(adaptive_ik=how)] for name, how in (("naive", False), ("adaptive", True))],
+        )
+        (per_frame,) = _means([*self.decoders.values()], ["per_frame_accel_m_s2"])
+        filtered = {deviation: self.study.filtered(deviation) for deviation in FILTERS}
+        print_table(
+            "A Gaussian filter instead, and the detail that the prior loses",
+            ["system", *errors],
+            [
+                ["encoder alone, no filter", *encoder],
+                *(
+                    [f"filtered, deviation of {d:g} frames", *_errors([{**m, "val/per_frame_accel_m_s2": per_frame}])]
+                    for d, m in filtered.items()
+                ),
+                ["decoder, detail stays lost", *self._validated(detail=0.0)],
+                [f"decoder, detail filtered by {CONFIGURED.detail:g} frames", *self._decoder()],
+            ],
         )
 
     @staticmethod

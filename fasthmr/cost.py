@@ -99,9 +99,11 @@ def decoder_cost(config: DiffusionDecoderConfig, steps: int = 1) -> dict[str, in
         latents, features = decoder.noise[None], torch.zeros(1, decoder.window, decoder.feature_dim)
         for _ in range(steps):  # without the scheduler, which multiplies no matrices
             latents = decoder.denoiser(latents, torch.zeros(1, dtype=torch.long), features)
+        start = torch.zeros_like(latents)
         if config.diffusion.residual:
-            latents = latents + decoder.prior.encode(features[..., decoder.encoder_dim :]).mean
-        return decoder.prior.decode(latents, decoder.window)
+            start = decoder.prior.encode(features[..., decoder.encoder_dim :]).mean
+        poses = decoder.prior.decode(start + latents, decoder.window)
+        return poses + decoder.detail(features, start, None) if config.diffusion.detail else poses
 
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # in a layer that is one call nothing can be counted

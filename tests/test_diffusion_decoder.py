@@ -141,6 +141,31 @@ class TestResidual:
         difference = decoder.prior.encode(true).mean - decoder.prior.encode(poses).mean
         torch.testing.assert_close(decoder.latents(read, true), difference)
 
+    @torch.no_grad()
+    def test_what_the_prior_loses_comes_back_without_its_trembling(self, monkeypatch):
+        config = dataclasses.replace(self.CONFIG, diffusion=DiffusionConfig(residual=True, detail=2.0))
+        decoder, without = DiffusionDecoder(config).eval(), DiffusionDecoder(self.CONFIG).eval()
+        without.load_state_dict(decoder.state_dict())
+        read, poses = self.conditions(decoder)
+        start = decoder.prior.encode(poses).mean
+        torch.testing.assert_close(decoder(read), without(read) + decoder.detail(read, start, None))
+
+        # Of a prior that loses everything: what stands still comes back, and of what jumps for a frame a fifth.
+        monkeypatch.setattr(decoder.prior, "decode", lambda *_: torch.zeros(2, 12, 133))
+        torch.testing.assert_close(decoder.detail(read, start, None), poses)
+        read[:, 6] += 1.0
+        jump = decoder.detail(read, start, None) - poses
+        assert jump[0, :, 0].argmax() == 6 and 0.18 < jump[0, 6, 0] < 0.22 and 0.8 < jump[0, :, 0].sum() < 1.2
+        valid = torch.ones(2, 12, dtype=torch.bool)
+        valid[:, 6] = False
+        missing = decoder.detail(read, start, valid)
+        assert (missing[:, 6] == 0).all()
+        torch.testing.assert_close(missing[valid], poses[valid])
+
+    def test_detail_is_of_corrections(self):
+        with pytest.raises(ValueError, match="detail must be 0 or more frames, and 0 without residual, got 3.0"):
+            DiffusionConfig(detail=3.0)
+
     def test_frames_without_a_person_have_no_rotations(self):
         decoder = DiffusionDecoder(self.CONFIG)
         read = decoder.conditions(torch.zeros(1, 24), torch.zeros(1, 24, 3, 3), torch.zeros(1, 10), load_body("free"))

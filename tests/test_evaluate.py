@@ -18,7 +18,8 @@ import torch.distributed as dist
 from tiny_decoder import DENOISER, ENCODER, LENGTHS, PRIOR, WINDOW, make_clips, make_encoder
 from tiny_training import make_set
 
-import fasthmr.evaluation as evaluation
+import fasthmr.evaluation.measuring as measuring
+from fasthmr.benchmark import main as benchmark
 from fasthmr.body import BodyModel
 from fasthmr.checkpoint import encoder_id, load_decoder, load_encoder, save_decoder, save_encoder, save_pipeline
 from fasthmr.comparison import Bootstrap, SequenceErrors, compare, pooled, tables
@@ -26,7 +27,7 @@ from fasthmr.data.batch import collate
 from fasthmr.data.shards import ClipStore
 from fasthmr.data.transforms import Augmentation, make_sample
 from fasthmr.evaluate import main
-from fasthmr.evaluation import EvaluationConfig, SystemConfig, parse_systems
+from fasthmr.evaluation import EvaluationConfig, SystemConfig, evaluate, parse_systems
 from fasthmr.merging import TokenMerging
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.denoiser import DenoiserConfig
@@ -180,12 +181,12 @@ class TestWhatIsEvaluated:
     def test_an_encoder_that_systems_share_sees_its_frames_once(self, lab, tmp_path, monkeypatch):
         calls = []
 
-        class Counted(evaluation.FrameEncoder):
+        class Counted(measuring.FrameEncoder):
             def __call__(self, *arguments: Any) -> Any:
                 calls.append(self.id)
                 return super().__call__(*arguments)
 
-        monkeypatch.setattr(evaluation, "FrameEncoder", Counted)
+        monkeypatch.setattr(measuring, "FrameEncoder", Counted)
         pair = "{lab}/encoder.ckpt+{lab}/decoder.ckpt"
         run(lab, tmp_path / "o", "--max_clips=2", systems=["a={lab}/encoder.ckpt", f"b={pair}", "c={lab}/merging.ckpt"])
         assert len(calls) == 2 * 2 and len(set(calls)) == 2
@@ -218,7 +219,7 @@ class TestWhatIsEvaluated:
             "alone": SystemConfig(f"{lab}/encoder.ckpt"),
             "decoded": SystemConfig(f"{lab}/encoder.ckpt", f"{lab}/decoder.ckpt"),
         }
-        one = evaluation.evaluate(systems, f"{lab}/val", EXACT, tmp_path / "one")
+        one = evaluate(systems, f"{lab}/val", EXACT, tmp_path / "one")
         # Forked, since what takes the time otherwise is importing torch again.
         processes: Any = torch.multiprocessing.start_processes
         processes(_evaluate_on_rank, args=(systems, lab, str(tmp_path)), nprocs=2, start_method="fork")
@@ -237,6 +238,15 @@ class TestWhatIsEvaluated:
         assert correcting["cost"]["macs_thop"] > other["cost"]["macs_thop"]
         assert correcting["cost"]["params"] > other["cost"]["params"]
 
+    def test_speed_of_the_metrics_alone(self, capsys):
+        assert benchmark(["metrics", "--frames=9", "--rounds=1"]) == 0
+        printed = capsys.readouterr().out
+        for name in PROTOCOLS:
+            (line,) = (line for line in printed.splitlines() if f" {name} " in line)
+            assert float(line.split("│")[2]) > 0
+        assert benchmark(["metrics", "--frames=0"]) == 2
+        assert "frames must be 1 or more, got 0" in capsys.readouterr().err
+
     def test_speed_is_of_encoder_and_decoder(self, lab, tmp_path):
         systems = ["alone={lab}/encoder.ckpt", "decoded={lab}/encoder.ckpt+{lab}/decoder.ckpt"]
         few = ["--speed=true", "--batch=2", "--rounds=3", "--max_clips=1"]
@@ -252,7 +262,7 @@ class TestWhatIsEvaluated:
 def _evaluate_on_rank(rank: int, systems: dict[str, SystemConfig], lab: Path, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = evaluation.evaluate(systems, f"{lab}/val", EXACT, Path(folder) / "two")
+    results = evaluate(systems, f"{lab}/val", EXACT, Path(folder) / "two")
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -296,7 +306,7 @@ class TestCommand:
             (["{lab}/nothing.ckpt"], "no checkpoint at {lab}/nothing.ckpt"),
             (["{lab}/encoder.ckpt", "--protocol=3dpw-14"], "3dpw-14 needs J_regressor_h36m (17, 6890), got none"),
             (["{lab}/encoder.ckpt", "--protocol=nonsense"], "protocol must be one of body-24, "),
-            (["{lab}/encoder.ckpt", "--protocol=3dpw-14", "--regressor={lab}/decoder.ckpt"], "is no .npy file"),
+            (["{lab}/encoder.ckpt", "--protocol=3dpw-14", "--regressor={lab}/decoder.ckpt"], "is no .npy or .pkl file"),
             (["{lab}/encoder.ckpt", "--regressor={lab}/r.npy"], "takes the body's own joints and no regressor"),
             (["{lab}/encoder.ckpt", "--data={lab}"], "there is no set of shards in {lab}"),
             (["{lab}/encoder.ckpt", "--max_clips=0"], "max_clips must be 1 or more, got 0"),

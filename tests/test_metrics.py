@@ -1,5 +1,6 @@
 """Pure error functions and protocols equal the public evaluation codes (fixtures) and plain NumPy."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from fasthmr.conventions import LEFT_HIP, RIGHT_HIP
 from fasthmr.metrics import PROTOCOLS, BestConstantError, PoseErrors
 from fasthmr.metrics.functional import acceleration_error, mpjpe, pa_mpjpe, pve
-from fasthmr.metrics.protocols import H36M_TO_14, SPIN_TO_14
+from fasthmr.metrics.protocols import H36M_REGRESSOR, H36M_TO_14, SPIN_TO_14
+from fasthmr.metrics.regressor_file import find_regressor, read_regressor
 
 MM = {"atol": 5e-4, "rtol": 0}  # the references are float32 too
 ACCEL = {"atol": 2e-3, "rtol": 0}  # m/s^2; second differences of float32 metres, times 900
@@ -168,6 +170,48 @@ def test_a_missing_regressor_says_where_to_get_it():
         PoseErrors(PROTOCOLS["3dpw-14"])
     with pytest.raises(ValueError, match=r"SMPL_to_J19 \(19, 6890\)"):
         PROTOCOLS["3dpw-14-hmr2"].select(torch.zeros(1, 24, 3), torch.zeros(1, 6890, 3))
+
+
+def test_a_regressor_is_found_beside_the_body_file_or_one_folder_up(tmp_path):
+    (tmp_path / "smpl").mkdir()
+    body = str(tmp_path / "smpl/SMPL_NEUTRAL.pkl")
+    assert find_regressor(H36M_REGRESSOR, body) is None and find_regressor(H36M_REGRESSOR, "free") is None
+    above, beside = tmp_path / "J_regressor_h36m.npy", tmp_path / "smpl/J_regressor_h36m.pkl"
+    np.save(above, np.eye(17, 30))
+    assert find_regressor(H36M_REGRESSOR, body) == above
+    beside.write_bytes(pickle.dumps(np.eye(17, 30)))
+    assert find_regressor(H36M_REGRESSOR, body) == beside
+    for file in (above, beside):
+        torch.testing.assert_close(read_regressor(file), torch.eye(17, 30))
+
+
+def test_a_regressor_that_is_none(tmp_path):
+    (tmp_path / "hostile.pkl").write_bytes(pickle.dumps(print))
+    (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "nan.npy", np.full((17, 30), np.nan))
+    for name, message in (
+        ("hostile.pkl", "is no .npy or .pkl"),
+        ("text.npy", "is no .npy or .pkl"),
+        ("nan.npy", "NaN"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
+            read_regressor(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["emdb-24", "3dpw-14-root0"])
+def test_the_shape_is_averaged_over_the_frames_that_count(name):
+    betas = torch.randn(3, 4, 10)
+    valid = torch.tensor([[True, False, True, False], [True] * 4, [False] * 4])
+    betas[0, 1] = 1e3
+
+    shape = PROTOCOLS[name].clip_betas(betas, valid)
+
+    if name == "3dpw-14-root0":
+        assert shape is betas
+    else:
+        torch.testing.assert_close(shape[0], ((betas[0, 0] + betas[0, 2]) / 2).expand(4, 10))
+        torch.testing.assert_close(shape[1], betas[1].mean(0).expand(4, 10))
+        assert not shape[2].any()
 
 
 def test_a_body_that_is_not_smpl_is_refused_by_the_regressor():

@@ -81,8 +81,8 @@ def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
     assert command.main(arguments(folder)) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     rows = rows_of(printed)
-    assert printed.count("**") == 2 * 7
-    assert len(rows) == 7 * 2 + (1 + 1) + 3 + 4 + 2 + 4 + 4 + 2
+    assert printed.count("**") == 2 * 8
+    assert len(rows) == 8 * 2 + (1 + 1) + 3 + 4 + 2 + 4 + 4 + 2 + 6
     named = {row[0]: row for row in rows}
     assert [named[name][1] for name in ("noise", "v", "v and noise")] == ["998", "999", "999"]
     assert [named[name][1] for name in ("joints and twists", "6D rotations")] == ["133", "144"]
@@ -91,8 +91,13 @@ def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
     assert trained == named["joints and twists"][4:] == named["1"][1:] == named["naive"][1:]
     diffused = {tuple(row[:2]): row[2:] for row in rows if len(row) == 6 and row[0] in command.DIFFUSED.values()}
     assert diffused["corrections to the encoder's", "80% of windows"] == trained
-    assert diffused["corrections to the encoder's", "as any other"] == named["v and noise"][2:] != trained
+    assert diffused["corrections to the encoder's", "as any other"] == named["v and noise"][2:]
+    evenly = folder / "out/decoder_both_corrections_last0_merged_of_prior_3x32_joints_twists_seed0/config.yaml"
+    assert "last_step_share: 0.0" in evenly.read_text()
     assert diffused["poses", "80% of windows"] != trained
+    assert named["decoder, detail filtered by 3 frames"][1:] == trained != named["decoder, detail stays lost"][1:]
+    accelerations = [float(named[f"filtered, deviation of {d} frames"][3]) for d in (1, 2, 3)]
+    assert accelerations == sorted(accelerations, reverse=True)
     for other in (named["10"][1:], named["adaptive"][1:], named["noise"][2:], named["6D rotations"][4:]):
         assert other != trained
     alone = named["encoder alone, per frame"]

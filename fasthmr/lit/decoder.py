@@ -193,7 +193,7 @@ class DiffusionDecoderModule(L.LightningModule):
     def validation_step(self, batch: Features, batch_idx: int) -> dict[str, Tensor]:
         """Add a batch to the metrics; returns the decoder's `rotations` (B, T, 24, 3, 3) and the `betas` (B, T, 10)."""
         with torch.autocast(self.device.type, enabled=False):
-            betas = self._clip_betas(batch.predicted_betas, batch.valid)
+            betas = self.errors.protocol.clip_betas(batch.predicted_betas, batch.valid)
             rotations = decode_pose(self(batch), betas, self.body, self.decoder.representation, self.adaptive_ik)
             true = self._posed(batch.rotations, _per_frame(batch.betas, batch.valid))
             self._add_jitter(self.true_jitter, true.joints, batch)
@@ -239,15 +239,8 @@ class DiffusionDecoderModule(L.LightningModule):
 
     def _conditions(self, batch: Features) -> Tensor:
         """What the decoder reads, (B, T, feature_dim)."""
-        betas = self._clip_betas(batch.predicted_betas, batch.valid)
+        betas = self.errors.protocol.clip_betas(batch.predicted_betas, batch.valid)
         return self.decoder.conditions(batch.features, batch.predicted_rotations, betas, self.body)
-
-    def _clip_betas(self, betas: Tensor, valid: Tensor) -> Tensor:
-        """Average the shape over each window where the protocol says so (FastHMR, Sec. 4.1)."""
-        if not self.errors.protocol.average_betas:
-            return betas
-        weight = valid.to(betas.dtype)[..., None]
-        return _per_frame((weight * betas).sum(1) / weight.sum(1).clamp_min(1), valid)
 
     # ---- augmentation ---------------------------------------------------------------------------------------------
 
@@ -364,7 +357,7 @@ def start_from(decoder: DiffusionDecoder, checkpoint: str, body_id: str) -> None
     if changed := _changes(
         start.config.as_dict(),
         decoder.config.as_dict(),
-        free=("prior.dropout", "denoiser.dropout", "diffusion.last_step_share"),
+        free=("prior.dropout", "denoiser.dropout", "diffusion.last_step_share", "diffusion.detail"),
     ):
         raise ValueError(f"{checkpoint} is another decoder ({'; '.join(changed)}): set model.init_args to its")
     if not _is_prior_of(decoder, start.prior.state_dict()):

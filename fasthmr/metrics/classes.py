@@ -10,6 +10,9 @@ from torchmetrics.utilities import dim_zero_cat
 from fasthmr.metrics.functional import acceleration_error, mpjpe, pa_mpjpe, pve
 from fasthmr.metrics.protocols import Acceleration, Protocol
 
+#: frames compared at a time: their vertices stay in a core's cache, and memory is used again instead of asked for
+_BLOCK = 8
+
 
 class PoseErrors(Metric):
     """PA-MPJPE, MPJPE, PVE (mm) and Accel (m/s^2) of one protocol, frames pooled over sequences.
@@ -61,12 +64,19 @@ class PoseErrors(Metric):
                 f"valid must be (B,T) bool and fps (B,) for joints {tuple(pred_joints.shape)}, "
                 f"got {valid.dtype} {tuple(valid.shape)} and {tuple(fps.shape)}"
             )
-        pred, pred_vertices = self._rooted(pred_joints, pred_vertices)
-        target, target_vertices = self._rooted(target_joints, target_vertices)
+        pred_mesh, target_mesh = _flat(pred_joints, pred_vertices), _flat(target_joints, target_vertices)
+        preds, targets, distances_mm = [], [], []
+        for first in range(0, max(valid.numel(), 1), _BLOCK):
+            (pred, moved), (target, true_moved) = (self._rooted(*mesh, first) for mesh in (pred_mesh, target_mesh))
+            preds.append(pred)
+            targets.append(target)
+            if moved is not None and true_moved is not None:
+                distances_mm.append(pve(moved, true_moved))
+        pred, target = (torch.cat(part).unflatten(0, valid.shape) for part in (preds, targets))
         self._add("pa_mpjpe_mm", pa_mpjpe(pred[valid], target[valid]))
         self._add("mpjpe_mm", mpjpe(pred[valid], target[valid]))
-        if pred_vertices is not None and target_vertices is not None:
-            self._add("pve_mm", pve(pred_vertices[valid], target_vertices[valid]))
+        if distances_mm:
+            self._add("pve_mm", torch.cat(distances_mm)[valid.flatten()])
         if self.protocol.accel is not None:
             for sequence in zip(pred, target, valid, fps.tolist(), strict=True):
                 self._add("accel_m_s2", accelerations(*sequence, self.protocol.accel))
@@ -75,7 +85,10 @@ class PoseErrors(Metric):
         """Mean errors, float64: "pa_mpjpe_mm", "mpjpe_mm", "pve_mm" and, if the protocol has it, "accel_m_s2"."""
         return dict(zip(self.names, self.sums / self.counts, strict=True))
 
-    def _rooted(self, joints: Tensor, vertices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _rooted(self, joints: Tensor, vertices: Tensor | None, first: int) -> tuple[Tensor, Tensor | None]:
+        """A block of frames, from `first` on, as the protocol compares them."""
+        joints = joints[first : first + _BLOCK]
+        vertices = None if vertices is None else vertices[first : first + _BLOCK]
         return self.protocol.align(self.protocol.select(joints, vertices, self.regressor), vertices)
 
     def _add(self, name: str, values: Tensor) -> None:
@@ -136,3 +149,8 @@ def accelerations(pred: Tensor, target: Tensor, valid: Tensor, fps: float, rule:
     if rule.trim:
         values, whole = values[1:-1], whole[1:-1]
     return values[whole]
+
+
+def _flat(joints: Tensor, vertices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Meshes (B,T,...) behind one another, (B*T,...)."""
+    return joints.flatten(0, 1), None if vertices is None else vertices.flatten(0, 1)

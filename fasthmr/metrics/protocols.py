@@ -52,8 +52,8 @@ class Protocol:
         root_name: the same in words.
         accel: which accelerations count; None where the protocol has none.
         ground_truth: the body of the ground truth, in words; predictions are of the neutral body.
-        average_betas: the predicted shape is averaged over each clip first (FastHMR, Sec. 4.1). The caller does it,
-            before the mesh is made; not done in the single-image evaluations of CameraHMR and HMR2.0.
+        average_betas: the predicted shape is averaged over each clip before the mesh is made (FastHMR, Sec. 4.1), by
+            `clip_betas`; not done in the single-image evaluations of CameraHMR and HMR2.0.
     """
 
     name: str
@@ -64,6 +64,23 @@ class Protocol:
     accel: Acceleration | None
     ground_truth: str
     average_betas: bool = True
+
+    def clip_betas(self, betas: Tensor, valid: Tensor) -> Tensor:
+        """The predicted shape that a clip's meshes are made with: where `average_betas` says so, the mean over the
+        frames that count.
+
+        Args:
+            betas: (..., T, 10), of every frame.
+            valid: (..., T) bool, frames that count.
+
+        Returns:
+            (..., T, 10); zeros for a clip in which no frame counts.
+        """
+        if not self.average_betas:
+            return betas
+        weight = valid.to(betas.dtype)[..., None]
+        mean = (weight * betas).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
+        return mean.expand_as(betas)
 
     def select(self, joints: Tensor, vertices: Tensor | None, regressor: Tensor | None = None) -> Tensor:
         """All joints that the protocol counts in, before the subset is taken.
@@ -88,9 +105,9 @@ class Protocol:
                 f"protocol {self.name} regresses its joints from vertices, got none: evaluate meshes, or use body-24"
             )
         weights = self.require_regressor(regressor, vertices.shape[-2])
-        # Half precision would move joints by centimetres.
+        # Half precision would move joints by centimetres. One product for all frames, not one for each, is faster.
         with torch.autocast(vertices.device.type, enabled=False):
-            return weights.to(vertices) @ vertices
+            return (vertices.mT.contiguous() @ weights.to(vertices).mT).mT
 
     def require_regressor(self, regressor: Tensor | None, num_vertices: int) -> Tensor:
         """`regressor` if it is what this protocol needs for a body of `num_vertices`.
@@ -103,8 +120,9 @@ class Protocol:
         wanted = f"protocol {self.name} needs {self.regressor.name} ({self.regressor.num_joints}, 6890)"
         if regressor is None:
             raise ValueError(
-                f"{wanted}, got none. It comes with {self.regressor.origin}; load it and pass it as `regressor`. "
-                "A body that is not SMPL's has none: use protocol body-24"
+                f"{wanted}, got none. It comes with {self.regressor.origin}; pass it as `regressor` (evaluation also "
+                f"finds {self.regressor.name}.npy beside the body file). A body that is not SMPL's has none: use "
+                "protocol body-24"
             )
         if regressor.shape != (self.regressor.num_joints, num_vertices):
             raise ValueError(
@@ -129,7 +147,7 @@ class Protocol:
     def describe(self) -> str:
         """One line to print above every table: joints, regressor, root, bodies, shape, accelerations, frames."""
         source = "none, the body's own" if self.regressor is None else self.regressor.name
-        shape = "averaged over each clip" if self.average_betas else "per frame"
+        shape = "averaged over each clip's labelled frames" if self.average_betas else "per frame"
         if self.accel is None:
             accel = "none"
         else:
@@ -168,7 +186,7 @@ PROTOCOLS = {
             root_name="mean of the hips",
             # Labels of one frame may be missing anywhere in our own sets: no acceleration across a hole.
             accel=Acceleration(trim=True, gaps="skip"),
-            ground_truth="same body",
+            ground_truth="the body of its labels",
         ),
         Protocol(
             "emdb-24",

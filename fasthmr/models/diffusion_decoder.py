@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fasthmr.body import BodyModel, encode_pose
 from fasthmr.body.pose import Representation
+from fasthmr.geometry.smoothing import smoothed
 from fasthmr.models.denoiser import DenoiserConfig, LatentDenoiser
 from fasthmr.models.motion_prior import MotionPrior
 from fasthmr.models.motion_vae import MotionVAEConfig
@@ -80,6 +81,8 @@ class DiffusionDecoder(nn.Module):
 
     With `diffusion.residual` it starts from what the encoder says: the prior's latents of the encoder's own poses,
     which the prior makes smooth, and learns their correction. Those poses are part of what it reads (`conditions`).
+    What the prior cannot say of them, because it is small or has seen little motion, is lost; with `diffusion.detail`
+    it is added back without what trembles in it.
 
     Args:
         config: sizes.
@@ -178,10 +181,10 @@ class DiffusionDecoder(nn.Module):
         `residual` less those of the encoder's poses."""
         return (self._encoded(poses, valid) - self._start(features, valid)) / self.latent_scale
 
-    def _start(self, features: Tensor, valid: Tensor | None) -> Tensor | float:
+    def _start(self, features: Tensor, valid: Tensor | None) -> Tensor:
         """The latents that a correction is added to: of the encoder's own poses, or 0."""
         if not self.config.diffusion.residual:
-            return 0.0
+            return self.latent_scale.new_zeros(())
         return self._encoded(features[..., self.encoder_dim :], valid)
 
     def _encoded(self, poses: Tensor, valid: Tensor | None) -> Tensor:
@@ -234,8 +237,20 @@ class DiffusionDecoder(nn.Module):
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape}, got {tuple(noise.shape)}")
         latents = self.diffusion.sample(lambda z, t: self._predict(z, t, features, valid), noise, steps)
-        latents = self._start(features, valid) + latents * self.latent_scale
-        return self.prior.decode(latents, features.shape[1], valid)
+        start = self._start(features, valid)
+        poses = self.prior.decode(start + latents * self.latent_scale, features.shape[1], valid)
+        return poses + self.detail(features, start, valid) if self.config.diffusion.detail else poses
+
+    def detail(self, features: Tensor, start: Tensor, valid: Tensor | None) -> Tensor:
+        """What the prior loses of the encoder's poses, smoothed, (B, T, pose_dim); 0 where frames are missing.
+
+        Args:
+            features: (B, T, feature_dim), the encoder's poses among them.
+            start: (B, latents, D) the prior's latents of these poses.
+            valid: (B, T) bool, or None: all.
+        """
+        lost = features[..., self.encoder_dim :] - self.prior.decode(start, features.shape[1], valid)
+        return smoothed(lost, self.config.diffusion.detail, valid)
 
     def _predict(self, latents: Tensor, time: Tensor, features: Tensor, valid: Tensor | None) -> Tensor:
         self._require_features(features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ class DiffusionConfig:
             the others are drawn evenly, as all are in the paper. Short trainings have more of what they are used for.
         residual: whether what is diffused is the correction to the encoder's own poses, as the prior's latents have
             them, instead of the latents themselves, as in the paper. See `DiffusionDecoder`.
+        detail: with `residual`, what the prior loses of the encoder's poses is smoothed over time and added back; this
+            is the deviation of that Gaussian, frames. 0, as in the paper: it stays lost.
 
     Raises:
         ValueError: a value that cannot be; names it.
@@ -36,10 +39,13 @@ class DiffusionConfig:
     objective: Objective = "both"
     last_step_share: float = 0.0
     residual: bool = False
+    detail: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.last_step_share <= 1:
             raise ValueError(f"last_step_share must be in [0, 1], got {self.last_step_share}")
+        if not 0 <= self.detail < math.inf or (self.detail and not self.residual):
+            raise ValueError(f"detail must be 0 or more frames, and 0 without residual, got {self.detail}")
         if self.objective not in ("both", "v", "noise"):
             raise ValueError(f"objective must be both, v or noise, got {self.objective!r}")
         if not 0 < self.beta_start < self.beta_end < 1:
