@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.clips import ClipDataModule
 from datamodules.encoding import EncodedFrames, FrameEncoder, People, Precision, TrueFrames, cut_chunks
 from datamodules.feature_cache import CachedFrames, FeatureCache
-from datamodules.order import ResumableLoader, SampleId, TrainOrder, ValidationOrder
+from datamodules.mixture import Mixture
+from datamodules.order import ResumableLoader, SampleId, ValidationOrder
 from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import load_encoder, read_header
 from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
@@ -135,6 +136,18 @@ class Live:
         return LiveWindow(TrueFrames.of(record).rows(start, stop), *cut_chunks(record, start, stop, self.crop_scale))
 
 
+class Mixed:
+    """Windows of the sets of a mixture, whose clips are numbered through all of them."""
+
+    def __init__(self, mixture: Mixture, frames: Mapping[str, Frames]) -> None:
+        self.mixture, self.frames = mixture, frames
+
+    def window(self, clip: int, start: int, stop: int) -> FeatureBatch | LiveWindow:
+        """Frames `start` to `stop` of a clip."""
+        name, number = self.mixture.place(clip)
+        return self.frames[name].window(number, start, stop)
+
+
 class TrainWindows(Dataset[Any]):
     """One window a clip; which one is a function of (seed, epoch, clip) alone. A clip that fits is taken whole."""
 
@@ -174,7 +187,7 @@ class FeatureDataModule(ClipDataModule):
     same training, on the CPU bit for bit.
 
     Args:
-        train: directory of the training shards.
+        train: directory of the training shards; or several by the names of their sets, a mixture (docs/mixtures.md).
         val: directory of the validation shards.
         encoder: checkpoint of the encoder.
         folder: where caches are.
@@ -191,11 +204,12 @@ class FeatureDataModule(ClipDataModule):
         crop_scale: side of the network's crop over that of the tight person box.
         workers: loader processes per rank and loader, and processes that make shards.
         seed: of order and windows.
+        weights, clips_per_epoch: of a mixture, as of `ClipDataModule`; a sample is a window.
     """
 
     def __init__(
         self,
-        train: str | Path,
+        train: dict[str, str] | str | Path,  # in this order, or a parser makes text of a mapping
         val: str | Path,
         encoder: str,
         folder: str | Path = "features",
@@ -211,10 +225,12 @@ class FeatureDataModule(ClipDataModule):
         crop_scale: float = CROP_SCALE,
         workers: int = 2,
         seed: int = 0,
+        weights: dict[str, float] | None = None,
+        clips_per_epoch: int | None = None,
     ) -> None:
         super().__init__(
             train, val, body, make_train, make_val, batch_size, frames_per_clip=1, val_batch_size=val_batch_size,
-            workers=workers, seed=seed, crop_scale=crop_scale,
+            workers=workers, seed=seed, crop_scale=crop_scale, weights=weights, clips_per_epoch=clips_per_epoch,
         )  # fmt: skip
         if window < 3:
             raise ValueError(f"window must be at least 3, or there is no acceleration, got {window}")
@@ -243,7 +259,7 @@ class FeatureDataModule(ClipDataModule):
         """
         super().prepare_data()
         if self.cache:
-            for directory in (self.train_dir, self.val_dir):
+            for directory in (*self.train_dirs.values(), self.val_dir):
                 self._cache_of(self._open(directory)).fill(self._device(), self.workers)
 
     def setup(self, stage: str | None = None) -> None:
@@ -256,10 +272,10 @@ class FeatureDataModule(ClipDataModule):
         """
         super().setup(stage)
         self._encoder_id = self.encoder_id
-        if self._train_store is not None and self._train_windows is None:
-            self._train_windows = TrainWindows(
-                self._frames_of(self._train_store), _lengths(self._train_store), self.window, self.seed
-            )
+        if self._mixture is not None and self._train_windows is None:
+            sets = {name: self._frames_of(store) for name, store in self._mixture.stores.items()}
+            frames = Mixed(self._mixture, sets) if len(sets) > 1 else next(iter(sets.values()))
+            self._train_windows = TrainWindows(frames, _lengths(self._mixture), self.window, self.seed)
         if self._val_store is not None and self._val_windows is None:
             self._val_windows = ValidationWindows(
                 self._frames_of(self._val_store), _lengths(self._val_store), self.window
@@ -268,14 +284,11 @@ class FeatureDataModule(ClipDataModule):
             self._frame_encoder = None  # its memory is of use to others
 
     def train_dataloader(self) -> ResumableLoader:
-        store = self._opened(self._train_store)
+        mixture = self._opened(self._mixture)
         assert self._train_windows is not None
-        self._check_resumed_order(store)
-        order = TrainOrder(len(store), self.batch_size, self.seed, self._batches_done, *self._process())
-        order.epoch_length = self._epoch_length(len(order))
         return ResumableLoader(
             self._train_windows,
-            batch_sampler=order,
+            batch_sampler=self._train_order(mixture),
             collate_fn=_collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -315,7 +328,7 @@ class FeatureDataModule(ClipDataModule):
             windows.append(one_window(truth.to(device), encoded, self.window))
         return _joined(windows)
 
-    def _open(self, directory: Path, frames: int = 1, setting: str = "") -> ClipStore:
+    def _open(self, directory: str | Path, frames: int = 1, setting: str = "") -> ClipStore:
         return super()._open(directory, 1, setting)  # clips of any length: what is missing in a window is padded
 
     def _encoder(self) -> FrameEncoder:
@@ -370,5 +383,5 @@ def _joined(batches: list[FeatureBatch]) -> FeatureBatch:
     return FeatureBatch([key for batch in batches for key in batch.keys], **tensors)
 
 
-def _lengths(store: ClipStore) -> list[int]:
-    return [frames for _, frames in store.lengths()]
+def _lengths(clips: ClipStore | Mixture) -> list[int]:
+    return [frames for _, frames in clips.lengths()]

@@ -1,4 +1,4 @@
-"""Which clips make up which batch: the training order, the validation split, and a loader that resumes.
+"""Which clips make up which batch: the training order, that of mixtures, the validation split, a loader that resumes.
 
 Training batches are numbered 0, 1, 2, ... over the whole run. What is in batch n on rank r is a pure function of
 (seed, n, r): the data set is shuffled afresh for every pass over it and cut into global batches, of which each rank
@@ -11,7 +11,8 @@ count would skip what was fetched but not yet trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,10 +58,10 @@ class TrainOrder(Sampler[list[SampleId]]):
         if self.batches_per_pass == 0:
             raise ValueError(
                 f"a training step needs {batch_size} clips on each of {world_size} rank(s), "
-                f"but the training set has only {samples}: lower batch_size or make more clips"
+                f"but an epoch of the training set has only {samples}: lower batch_size or make more clips"
             )
         self.epoch_length = epoch_length or self.batches_per_pass
-        self._pass: tuple[int, np.ndarray] | None = None
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self.batches_per_pass
@@ -73,13 +74,83 @@ class TrainOrder(Sampler[list[SampleId]]):
     def batch(self, number: int) -> list[SampleId]:
         """The samples of this rank's batch `number`, counted from the beginning of the run."""
         epoch, step = divmod(number, self.batches_per_pass)
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = (epoch, self._draw(epoch))
         start = (step * self.world_size + self.rank) * self.batch_size
-        return [SampleId(epoch, int(i)) for i in self._shuffled(epoch)[start : start + self.batch_size]]
+        return [SampleId(*row) for row in self._drawn[1][start : start + self.batch_size].tolist()]
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        if self._pass is None or self._pass[0] != epoch:
-            self._pass = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.samples))
-        return self._pass[1]
+    def _draw(self, epoch: int) -> np.ndarray:
+        """(samples, 2) int64: the `SampleId`s of an epoch in their order."""
+        clips = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+        return np.stack([np.full_like(clips, epoch), clips], axis=1)
+
+
+class MixtureOrder(TrainOrder):
+    """Batch sampler of a mixture: in every epoch each set has exactly its share of the samples, in random places.
+
+    Each set is shuffled afresh for every pass over it, and its passes go on from epoch to epoch: of a large set with a
+    small share, every clip is shown once before any is shown again. The epoch of a `SampleId` is the pass over the set.
+
+    Args:
+        sizes: clips of each set by name; clips are numbered through all of them.
+        shares: of each set in the samples; they add up to 1.
+        samples: of an epoch, over all ranks.
+        batch_size, seed, batches_done, rank, world_size, epoch_length: as of `TrainOrder`.
+
+    Attributes:
+        counts: samples of each set in an epoch.
+
+    Raises:
+        ValueError: an epoch is too short for one step, or for one sample of a set.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        shares: Mapping[str, float],
+        samples: int,
+        batch_size: int,
+        seed: int,
+        batches_done: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+        epoch_length: int | None = None,
+    ) -> None:
+        super().__init__(samples, batch_size, seed, batches_done, rank, world_size, epoch_length)
+        self.sizes = dict(sizes)
+        self.counts = dealt_out(self.batches_per_pass * batch_size * world_size, shares)
+        for name, count in self.counts.items():
+            if count == 0:
+                raise ValueError(
+                    f"set {name!r} has a share of {shares[name]:.2g}, which is no sample in an epoch of {samples}: "
+                    "raise its weight or clips_per_epoch"
+                )
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        sets = np.repeat(np.arange(len(self.sizes)), [self.counts[name] for name in self.sizes])
+        np.random.default_rng([self.seed, epoch]).shuffle(sets)
+        drawn = np.empty((len(sets), 2), dtype=np.int64)
+        first = 0
+        for number, (name, size) in enumerate(self.sizes.items()):
+            count = self.counts[name]
+            passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), size)
+            clips = np.empty_like(passes)
+            for which in range(passes[0], passes[-1] + 1):
+                # four numbers, so that no sample and no epoch has the same generator
+                shuffled = np.random.default_rng([self.seed, which, number, 1]).permutation(size)
+                clips[passes == which] = first + shuffled[places[passes == which]]
+            drawn[sets == number] = np.stack([passes, clips], axis=1)
+            first += size
+        return drawn
+
+
+def dealt_out(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers as near as possible to shares of a total, to which they add up (the largest remainders win)."""
+    counts = {name: math.floor(share * total) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: counts[name] - shares[name] * total)
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 class ValidationOrder(Sampler[list[int]]):

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from datamodules.order import SampleId
 from fasthmr.data.batch import ClipSample
-from fasthmr.data.shards import ClipStore
+from fasthmr.data.schema import Clip
 from fasthmr.data.transforms import CROP_SCALE, Augmentation, make_sample
+
+
+class Clips(Protocol):
+    """Clips by position: one set (`ClipStore`), or several as one (`datamodules.mixture`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Clip: ...
+
+    def shard_of(self, index: int) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -25,11 +37,11 @@ class TrainSampling:
 class TrainSamples(Dataset[ClipSample]):
     """Training samples; `samples[SampleId(epoch, clip)]` depends on (seed, epoch, clip) and on nothing else."""
 
-    def __init__(self, store: ClipStore, sampling: TrainSampling, seed: int) -> None:
-        self.store, self.sampling, self.seed = store, sampling, seed
+    def __init__(self, clips: Clips, sampling: TrainSampling, seed: int) -> None:
+        self.clips, self.sampling, self.seed = clips, sampling, seed
 
     def __getitem__(self, sample: SampleId) -> ClipSample:
-        clip = self.store[sample.clip]
+        clip = self.clips[sample.clip]
         rng = np.random.default_rng([self.seed, sample.epoch, sample.clip])
         frame_index = stratified_frames(len(clip.frames), self.sampling.frames, rng)
         return make_sample(clip, frame_index, rng, self.sampling.augmentation, self.sampling.crop_scale)
@@ -38,11 +50,11 @@ class TrainSamples(Dataset[ClipSample]):
 class ValidationSamples(Dataset[ClipSample]):
     """Validation samples: the middle window of each clip, consecutive frames, nothing random."""
 
-    def __init__(self, store: ClipStore, window: int, crop_scale: float = CROP_SCALE) -> None:
-        self.store, self.window, self.crop_scale = store, window, crop_scale
+    def __init__(self, clips: Clips, window: int, crop_scale: float = CROP_SCALE) -> None:
+        self.clips, self.window, self.crop_scale = clips, window, crop_scale
 
     def __getitem__(self, index: int) -> ClipSample:
-        clip = self.store[index]
+        clip = self.clips[index]
         frame_index = middle_window(len(clip.frames), self.window)
         return make_sample(clip, frame_index, np.random.default_rng(0), Augmentation.off(), self.crop_scale)
 

@@ -27,6 +27,7 @@ LAST, AUTO = "last", "auto"
 ONLY_WATCH = (
     "data.init_args.workers", "data.init_args.val_batch_size", "trainer.log_every_n_steps",
     "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.logger.*",
+    "data.init_args.shard_cache.*",
 )  # fmt: skip
 
 #: Keys, or patterns of them, that may change when a run goes on: they change nothing of what is trained but how far
@@ -34,8 +35,8 @@ ONLY_WATCH = (
 #: where they are opened.
 MAY_CHANGE = (
     *ONLY_WATCH, "config", "ckpt_path", "run_dir", "data_dir",
-    "model.init_args.body", "data.init_args.body", "data.init_args.train", "data.init_args.val",
-    "data.init_args.folder",
+    "model.init_args.body", "data.init_args.body", "data.init_args.train", "data.init_args.train.*",
+    "data.init_args.val", "data.init_args.folder", "data.init_args.max_damaged",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.default_root_dir",
     "trainer.max_*", "trainer.min_*", "trainer.check_val_every_n_epoch", "trainer.val_check_interval",
     "trainer.limit_val_batches", "trainer.num_sanity_val_steps",

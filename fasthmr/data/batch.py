@@ -83,7 +83,8 @@ class ClipBatch:
         has_pose: (B,) bool. has_betas: (B,) bool, betas that the neutral body can be compared with.
         valid: (B, T) bool, frames whose labels may be used.
         box_center: (B, T, 2), box_size: (B, T) of the crop that was cut, full-image px.
-        image_size: (B, 2) width and height of the full image; intrinsics: (B, 3, 3) of the full image, px.
+        image_size: (B, 2) width and height of the full image; intrinsics: (B, 3, 3) of the full image, px; without a
+            label, those of a lens whose focal length is the image's diagonal.
         fps: (B,) frame rate of the clip; frame_index: (B, T) which of the clip's frames these are.
 
     Raises:

@@ -15,6 +15,9 @@ from fasthmr.data.schema import READ_VERSIONS
 
 MANIFEST = "manifest.json"
 INDEX_SUFFIX = ".idx"
+#: names go into paths, URLs and commands: no folders, and nothing that looks like an option
+_SHARD_NAME = re.compile(r"\w[\w-]*\.tar", re.ASCII)
+_Text = str | bytes
 
 
 class ShardError(ValueError):
@@ -48,16 +51,29 @@ class ShardIndex:
         """
         path = index_path(tar)
         try:
-            content = json.loads(path.read_text())
+            return cls.from_json(path.read_bytes(), path)
+        except FileNotFoundError as error:
+            raise ShardError(f"{tar} has no index {path.name}: it was not finished, make the set again") from error
+
+    @classmethod
+    def from_json(cls, text: _Text, where: str | Path) -> ShardIndex:
+        """An index from the text of its file, which somebody else may have written; `where` names it in errors.
+
+        Raises:
+            ShardError: it is damaged.
+        """
+        try:
+            content = json.loads(text)
             index = cls(content["bytes"], content["sha256"], [IndexedSample(**s) for s in content["samples"]])
             index.dropped.extend(map(str, content.get("dropped", [])))  # indices of old have none
             places = [place for sample in index.samples for place in sample.files.values()]
+            numbers = [index.bytes, *(s.frames for s in index.samples), *(n for place in places for n in place)]
+            if not all(type(number) is int for number in numbers):
+                raise ValueError("its numbers are no integers")
             if not all(offset >= 0 and size >= 0 and offset + size <= index.bytes for offset, size in places):
                 raise ValueError(f"it has a member outside of the shard's {index.bytes} bytes")
-        except FileNotFoundError as error:
-            raise ShardError(f"{tar} has no index {path.name}: it was not finished, make the set again") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ShardError(f"the index {path} is damaged ({error}): remove it and make the set again") from error
+            raise ShardError(f"the index {where} is damaged ({error}): remove it and make the set again") from error
         return index
 
     @classmethod
@@ -113,25 +129,37 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text())
-            version = content["schema_version"]
-            if version not in READ_VERSIONS:
-                raise ShardError(
-                    f"{folder} has schema version {version}, this fasthmr reads {READ_VERSIONS}: make the set again"
-                )
-            manifest = cls(**content)
-            strange = [name for name in manifest.shards if not re.fullmatch(r"[\w-]+\.tar", name)]
+            return cls.from_json(path.read_bytes(), path)
         except FileNotFoundError as error:
             state = "is not finished" if folder.is_dir() and any(folder.iterdir()) else "does not exist or is empty"
             raise ShardError(
                 f"there is no set of shards in {folder}: it {state}; make it with `python -m fasthmr.shard make`"
             ) from error
+
+    @classmethod
+    def from_json(cls, text: _Text, where: str | Path) -> Manifest:
+        """A manifest from the text of its file, which somebody else may have written; `where` names it in errors.
+
+        Raises:
+            ShardError: it is damaged, or of another schema version.
+        """
+        try:
+            content = json.loads(text)
+            version = content["schema_version"]
+            if version not in READ_VERSIONS:
+                raise ShardError(
+                    f"{where} has schema version {version}, this fasthmr reads {READ_VERSIONS}: make the set again"
+                )
+            manifest = cls(**content)
+            if not isinstance(manifest.source, dict):
+                raise TypeError("its source is no mapping")
+            for name, sha256 in manifest.shards.items():
+                if not _SHARD_NAME.fullmatch(name) or not isinstance(sha256, str):
+                    raise ValueError(f"no shard is called {name!r}")
         except ShardError:
             raise
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ShardError(f"{path} is damaged ({error}): make the set again") from error
-        if strange:
-            raise ShardError(f"{path} is damaged (no shard is called {strange[0]!r}): make the set again")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ShardError(f"{where} is damaged ({error}): make the set again") from error
         return manifest
 
 

@@ -73,12 +73,12 @@ class ClipSource(Protocol):
 
     `make(i)` must give the same clip in every process, or a resumed set would be a mixture. `describe()` is JSON: all
     that the clips depend on, with the id of the labels' body, or None, as "body"; where labels are of gendered bodies,
-    their ids by gender as "bodies".
+    their ids by gender as "bodies". A list is what became of one that had to be cut.
     """
 
     def __len__(self) -> int: ...
 
-    def make(self, index: int) -> Clip | Dropped: ...
+    def make(self, index: int) -> Clip | Dropped | list[Clip | Dropped]: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -205,16 +205,15 @@ def _write_shard(
     try:
         with written_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for index in clips:
-                clip = _make(source, bodies, index)
-                if isinstance(clip, Dropped):
-                    dropped.append(clip.why)
-                    on_clip(1)
-                    continue
-                for extension, data in encode_clip(clip).items():
-                    # TarInfo's defaults are no time and no owner: the bytes depend on the clip only.
-                    member = tarfile.TarInfo(f"{clip.key}.{extension}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
+                for clip in _make(source, bodies, index):
+                    if isinstance(clip, Dropped):
+                        dropped.append(clip.why)
+                        continue
+                    for extension, data in encode_clip(clip).items():
+                        # TarInfo's defaults are no time and no owner: the bytes depend on the clip only.
+                        member = tarfile.TarInfo(f"{clip.key}.{extension}")
+                        member.size = len(data)
+                        archive.addfile(member, io.BytesIO(data))
                 on_clip(1)
         write_text(index_path(path), replace(ShardIndex.of(path), dropped=dropped).to_json())
     except OSError as error:
@@ -223,15 +222,17 @@ def _write_shard(
         ) from error
 
 
-def _make(source: ClipSource, bodies: list[str], index: int) -> Clip | Dropped:
+def _make(source: ClipSource, bodies: list[str], index: int) -> list[Clip | Dropped]:
     try:
-        clip = source.make(index)
+        made = source.make(index)
     except OSError as error:  # not to be taken for trouble with the shard
         raise ShardError(f"clip {index} cannot be made: {error}") from error
-    if isinstance(clip, Clip) and clip.body is not None and clip.body not in bodies:
-        told = " or ".join(map(repr, bodies)) or "none"
-        raise ClipError(f"clip {clip.key}: its labels belong to body {clip.body!r}, those of the set to {told}")
-    return clip
+    clips = made if isinstance(made, list) else [made]
+    for clip in clips:
+        if isinstance(clip, Clip) and clip.body is not None and clip.body not in bodies:
+            told = " or ".join(map(repr, bodies)) or "none"
+            raise ClipError(f"clip {clip.key}: its labels belong to body {clip.body!r}, those of the set to {told}")
+    return clips
 
 
 def _is_complete(path: Path) -> bool:

@@ -1,14 +1,19 @@
-"""Reading shards at random: a finished set as a sequence of clips, through the index files."""
+"""Reading shards: a finished set as a sequence of clips through the index files, at random or shard by shard."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from fasthmr.body import require_same_body
 from fasthmr.data.codec import decode_sample
 from fasthmr.data.index import IndexedSample, Manifest, ShardError, ShardIndex
+from fasthmr.data.remote import STREAMS, RemoteSet, ShardCache, is_remote
 from fasthmr.data.schema import Clip, ClipError
 
 
@@ -16,30 +21,47 @@ class ClipStore:
     """A finished set of shards as a sequence of clips, read by position; images stay encoded until they are asked for.
 
     Opening compares every shard with its index: it must be there and of that size. `verify_shards` compares contents.
+    Shards of a remote set are fetched when they are needed, and their contents compared then (`fasthmr.data.remote`).
     A store holds no open files, so it can be pickled, forked and shared.
 
     Args:
-        folder: the set's directory.
+        place: the set's directory, its URL, or a command that prints its files.
+        cache: where shards of a remote set are kept.
+        in_sequence: shards are only read one after the other, so a remote set may be larger than the cache.
 
     Raises:
-        ShardError: the set is missing or unfinished, or a shard is missing or has another size than its index says.
+        ShardError: the set is missing or unfinished, cannot be reached, or does not fit into the cache; or a shard is
+            missing or has another size than its index says.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        place: str | Path,
+        cache: ShardCache = ShardCache(),  # noqa: B008  (frozen, so sharing it is safe)
+        in_sequence: bool = False,
+    ) -> None:
+        self.in_sequence = in_sequence
+        self.remote = RemoteSet(str(place), cache) if is_remote(place) else None
+        self.folder = Path(place) if self.remote is None else self.remote.folder
         self.manifest = Manifest.read(self.folder)
         self.shards = [self.folder / name for name in sorted(self.manifest.shards)]
+        self.sizes: list[int] = []  # of each shard, in bytes
         self._samples: list[tuple[int, IndexedSample]] = []
+        self._firsts: list[int] = []  # of each shard, the number of its first sample
         for number, tar in enumerate(self.shards):
-            if not tar.is_file():
+            if self.remote is None and not tar.is_file():
                 raise ShardError(f"shard {tar} is missing: the manifest lists it; make the set again to restore it")
-            index, size = ShardIndex.read(tar), tar.stat().st_size
-            if size != index.bytes:
+            index = ShardIndex.read(tar)
+            if self.remote is None and (size := tar.stat().st_size) != index.bytes:
                 raise ShardError(
                     f"shard {tar} has {size} bytes, its index says {index.bytes}: it was cut short or changed; "
                     "make the set again to restore it"
                 )
+            self.sizes.append(index.bytes)
+            self._firsts.append(len(self._samples))
             self._samples += [(number, sample) for sample in index.samples]
+        if self.remote is not None and not in_sequence:
+            self.remote.require_room(sum(self.sizes))
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -52,12 +74,31 @@ class ClipStore:
 
         Raises:
             ClipError: naming the shard, the clip and what is wrong with it.
+            ShardError: the shard cannot be fetched.
         """
         number, sample = self._samples[index]
         try:
-            return decode_sample({"__key__": sample.key, **_read(self.shards[number], sample)})
+            with self._opened(number) as file:
+                return decode_sample(_read(file, sample))
         except ClipError as error:
             raise ClipError(f"{self.shards[number]}: {error}") from error
+
+    def read_shard(self, number: int, ahead: int | None = None) -> Iterator[dict[str, str | bytes]]:
+        """The clips of shard `number` from front to back, as members for `decode_sample`.
+
+        Args:
+            number: of the shard.
+            ahead: a shard that will be read next; it is fetched meanwhile, if it is elsewhere.
+
+        Raises:
+            ShardError: the shard cannot be fetched.
+        """
+        with self._opened(number) as file:
+            if self.remote is not None and ahead is not None:
+                self.remote.fetch_ahead(self.shards[ahead].name, self.sizes[ahead])
+            after = self._firsts[number + 1] if number + 1 < len(self.shards) else len(self)
+            for _, sample in self._samples[self._firsts[number] : after]:
+                yield _read(file, sample)
 
     def lengths(self) -> Iterator[tuple[str, int]]:
         """(key, frames) of every clip, from the indices."""
@@ -75,11 +116,47 @@ class ClipStore:
         """
         require_same_body(body_id, self.manifest.body, where=str(self.folder))
 
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[int]:
+        """A descriptor of a shard. It is opened each time: 20 microseconds, for which there is no state to keep."""
+        tar = self.shards[number]
+        file = os.open(tar, os.O_RDONLY) if self.remote is None else self.remote.open(tar.name, self.sizes[number])
+        try:
+            yield file
+        finally:
+            os.close(file)
 
-def _read(tar: Path, sample: IndexedSample) -> dict[str, bytes]:
-    """A sample's members. The shard is opened anew each time: 20 microseconds, for which there is no state to keep."""
-    file = os.open(tar, os.O_RDONLY)
-    try:
-        return {extension: os.pread(file, size, offset) for extension, (offset, size) in sample.files.items()}
-    finally:
-        os.close(file)
+
+def fetch_shards(stores: Sequence[ClipStore]) -> None:
+    """Fetch all shards of those among `stores` that are remote and not read in sequence, with a progress bar.
+
+    Raises:
+        ShardError: together they do not fit into the cache, or one cannot be fetched.
+    """
+    missing = [
+        (store.remote, tar.name, size)
+        for store in stores
+        if store.remote is not None and not store.in_sequence
+        for tar, size in zip(store.shards, store.sizes, strict=True)
+    ]
+    if not missing:
+        return
+    total = sum(size for _, _, size in missing)
+    missing[0][0].require_room(total)
+
+    def fetch(remote: RemoteSet, name: str, size: int) -> int:
+        remote.fetch(name, size)
+        return size
+
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="fetching shards") as bar,
+        ThreadPoolExecutor(STREAMS) as pool,
+    ):
+        for size in pool.map(fetch, *zip(*missing, strict=True)):
+            bar.update(size)
+
+
+def _read(file: int, sample: IndexedSample) -> dict[str, str | bytes]:
+    """Members of a sample, with its key as `decode_sample` wants it."""
+    members = {extension: os.pread(file, size, offset) for extension, (offset, size) in sample.files.items()}
+    return {"__key__": sample.key, **members}

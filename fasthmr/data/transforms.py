@@ -157,7 +157,7 @@ class _Labels:
             rotations=axis_angle_to_matrix(torch.from_numpy(clip.pose[index])).numpy(),
             translation=clip.translation[index],
             box_center=clip.box_center[index],
-            intrinsics=clip.intrinsics,
+            intrinsics=clip.intrinsics if clip.status["intrinsics"] != "missing" else _assumed_camera(clip.image_size),
         )
 
     def mirrored(self, width_px: float) -> _Labels:
@@ -183,6 +183,12 @@ class _Labels:
             box_center=np.stack([width_px - 1 - self.box_center[:, 0], self.box_center[:, 1]], axis=-1),
             intrinsics=intrinsics,
         )
+
+
+def _assumed_camera(image_size: np.ndarray) -> np.ndarray:
+    """(3, 3) px: a pinhole at the image's centre, its focal length the diagonal, as `fasthmr.pipeline` assumes it."""
+    focal_px, (x, y) = np.hypot(*image_size), image_size / 2
+    return np.array([[focal_px, 0, x], [0, focal_px, y], [0, 0, 1]], dtype=np.float32)
 
 
 def _mirror_affine(width_px: float) -> np.ndarray:
