@@ -12,6 +12,15 @@ with random weights as it is, with layers merged, and with tokens merged besides
 
 The third, `python -m fasthmr.benchmark load`, loads a checkpoint of HMR2.0's format with random weights (2.7 GB on
 disk, twice), as it is and as ours, each in a process of its own.
+
+`python -m fasthmr.benchmark decoder [--size tiny]` says what the diffusion decoder takes beside its encoder
+(28 layers and Mask-ToMe at HMR2.0's size; the shipped one), and how fast it and the motion prior train.
+
+`python -m fasthmr.benchmark scaling [CONFIG]` trains a config's encoder on several processes and predicts what many
+GPUs would need of network and disks; docs/clusters.md reads it.
+
+`python -m fasthmr.benchmark metrics` measures evaluation without networks, on one core: errors of meshes by every
+protocol, and making such meshes.
 """
 
 from __future__ import annotations
@@ -37,6 +46,8 @@ from fasthmr.cost import encoder_cost, frames_per_second, merging_share
 from fasthmr.data.batch import ClipBatch
 from fasthmr.data.shards import write_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
+from fasthmr.decoder_speed import peak_memory, print_speed
+from fasthmr.evaluation.metrics_speed import print_metrics_speed
 from fasthmr.foreign import load_hmr
 from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
@@ -45,6 +56,7 @@ from fasthmr.models.adapters import foreign_names
 from fasthmr.models.hmr import HMR, HMRConfig
 from fasthmr.report import readable, short_names
 from fasthmr.safetensors_io import write_safetensors
+from fasthmr.scaling import print_scaling
 
 SIZES = {"hmr2": HMRConfig.hmr2(), "tiny": HMRConfig.tiny()}
 
@@ -168,6 +180,16 @@ def cost_of_encoders(
             print(f"{name}: of the first layer's time, choosing and merging tokens takes {', '.join(shares)}")
 
 
+def speed_of_decoder(size: str, windows: list[int], training_windows: int, rounds: int) -> None:
+    """Print the tables of `fasthmr.decoder_speed`, with the encoder that the decoder's size belongs to."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if size == "paper":
+        *_, encoder = three_versions(SIZES["hmr2"], merged=4).values()
+    else:
+        encoder = load_encoder("shipped:encoder_tiny")
+    print_speed(size, encoder.to(device), windows, training_windows, rounds)
+
+
 def loading_of_checkpoints(size: str, folder: str | None) -> None:
     """Print how long loading takes, and the memory of its process at most, over the memory of the weights.
 
@@ -218,13 +240,6 @@ def _measured(work: Callable[..., object], arguments: tuple[object, ...]) -> tup
     return time.perf_counter() - start, peak_memory()
 
 
-def peak_memory() -> int:
-    """Bytes of memory that this process has had at most, mapped files included (Linux)."""
-    # Not `resource.getrusage`: what it says of a new process starts with its parent's.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
 def three_versions(config: HMRConfig, merged: int) -> dict[str, HMR]:
     """An encoder as it is, with `merged` layers less, and with Mask-ToMe besides; random weights."""
     depth = config.vit_depth
@@ -255,10 +270,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = commands.add_parser("load", help="seconds and memory of loading checkpoints")
     load.add_argument("--size", choices=list(SIZES), default="hmr2")
     load.add_argument("--folder", default=None, help="where to write them for the time being; else as TMPDIR says")
+    metrics = commands.add_parser("metrics", help="frames/s of an evaluation's errors")
+    metrics.add_argument("--frames", type=int, default=256, help="of a sequence")
+    metrics.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    decoder = commands.add_parser("decoder", help="speed of the diffusion decoder, and of training it and its prior")
+    decoder.add_argument("--size", choices=["paper", "tiny"], default="paper")
+    decoder.add_argument("--windows", type=int, nargs="+", default=[1, 8], help="windows at a time")
+    decoder.add_argument("--training_windows", type=int, default=32, help="windows of a training step")
+    decoder.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    scaling = commands.add_parser("scaling", help="training on several processes, and what many GPUs would need")
+    scaling.add_argument("config", nargs="?", default="conf/encoder_tiny.yaml", help="of one stage, of an encoder")
+    scaling.add_argument("--data", default=None, help="folder of shards; without it, a few clips are made")
+    scaling.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="to measure on this machine")
+    scaling.add_argument("--seconds", type=float, default=60.0, help="for each number of processes")
+    scaling.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512], help="to predict for")
+    scaling.add_argument("--gpu_frames_per_s", type=float, default=None, help="of one alone; else as one process here")
+    scaling.add_argument("--gbit_per_s", type=float, default=200.0, help="of each GPU's link")
+    scaling.add_argument("--gpus_per_node", type=int, default=8)
+    scaling.add_argument("--open_ms", type=float, default=10.0, help="to open a shard on shared storage")
+    scaling.add_argument("--dataset_gb", type=float, default=1000.0, help="all shards together")
     options = parser.parse_args(arguments)
     try:
-        if options.what == "load":
+        if options.what == "metrics":
+            print_metrics_speed(options.frames, options.rounds)
+        elif options.what == "load":
             loading_of_checkpoints(options.size, options.folder)
+        elif options.what == "scaling":
+            print_scaling(**{name: value for name, value in vars(options).items() if name != "what"})
+        elif options.what == "decoder":
+            speed_of_decoder(options.size, options.windows, options.training_windows, options.rounds)
         elif options.what == "encoder":
             cost_of_encoders(
                 options.checkpoints, options.size, options.merged, options.batch, options.rounds, options.compile
