@@ -31,11 +31,22 @@ from fasthmr.body import BodyModel, load_body
 from fasthmr.cli import HelpFormatter
 from fasthmr.data.convert import SETS, amass
 from fasthmr.data.convert.reading import ConvertError
-from fasthmr.data.convert.source import REPORT, ConvertedSource, ForeignSet, Plan, Report, check, plan, written_report
+from fasthmr.data.convert.source import (
+    MISSING,
+    REPORT,
+    UNUSABLE,
+    ConvertedSource,
+    ForeignSet,
+    Plan,
+    Report,
+    check,
+    plan,
+    written_report,
+)
 from fasthmr.data.convert.track import Crops
 from fasthmr.data.masks import MaskedSource, load_segmenter
 from fasthmr.data.schema import Clip, Gender
-from fasthmr.data.shards import ClipStore, verify_shards, write_part, write_shards
+from fasthmr.data.shards import ClipStore, Dropped, verify_shards, write_part, write_shards
 from fasthmr.data.sheet import contact_sheet
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.files import write_png, write_text
@@ -71,6 +82,7 @@ def build_parser() -> ArgumentParser:
     convert.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     convert.add_argument("--part", type=str, default="1/1", help="i/n: job i of n on a cluster; all write into --out")
     convert.add_argument("--max_missing", type=float, default=0.01, help="share of pictures that may be missing")
+    convert.add_argument("--max_unusable", type=float, default=0.01, help="share of tracks that may have bad labels")
     convert.add_argument("--dry_run", "--dry-run", action="store_true", help="only count, and estimate the time")
     convert.add_argument("--sheet", type=str, help="contact sheet, PNG; default sheet.png in --out, none on a dry run")
     masks = ArgumentParser(
@@ -126,11 +138,11 @@ def convert_set(options: Namespace) -> int:
     clips = plan(foreign, foreign.units(), longest, options.workers, progress=True)
     for line in clips.report.lines():
         print(line)
-    _require_pictures(clips, options.max_missing)
+    _require_most(clips, options.max_missing, options.max_unusable)
     bodies = _bodies(options, foreign, clips)
     source = ConvertedSource(foreign, clips, bodies, Crops(options.crop_px))
     if options.dry_run:
-        return _dry_run(options, source, bodies)
+        return _dry_run(options, source, bodies, clips.report.frames)
     out = Path(options.out)
     manifest = write_part(source, out, part, parts, options.clips_per_shard, options.workers)
     if manifest is None:
@@ -156,12 +168,20 @@ def _part(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _require_pictures(clips: Plan, share: float) -> None:
-    total = clips.missing + clips.report.frames
-    if clips.missing > share * total:
-        named = ", ".join(clips.report.named["missing picture"])
+def _require_most(clips: Plan, max_missing: float, max_unusable: float) -> None:
+    """Refuse a download of which too much cannot be converted."""
+    report = clips.report
+    missing, unusable = report.dropped[MISSING], report.dropped[UNUSABLE]
+    if unusable > max_unusable * report.tracks:
+        named = "; ".join(report.named[UNUSABLE])
         raise ConvertError(
-            f"{clips.missing} of {total} pictures are missing ({named}, ...): complete the download, or allow it with "
+            f"{unusable} of {report.tracks} tracks have labels that cannot be used ({named}): are they of this format? "
+            "Download them again, or leave them out with --max_unusable"
+        )
+    if missing > max_missing * (total := missing + report.frames):
+        named = ", ".join(report.named[MISSING])
+        raise ConvertError(
+            f"{missing} of {total} pictures are missing ({named}, ...): complete the download, or allow it with "
             "--max_missing"
         )
     if not clips.pieces:
@@ -182,12 +202,15 @@ def _bodies(options: Namespace, foreign: ForeignSet, clips: Plan) -> dict[Gender
     return {gender: load_body(path) for gender, path in paths.items() if path is not None and gender in wanted}
 
 
-def _dry_run(options: Namespace, source: ConvertedSource, bodies: dict[Gender, BodyModel]) -> int:
+def _dry_run(options: Namespace, source: ConvertedSource, bodies: dict[Gender, BodyModel], frames: int) -> int:
     seconds, tried = source.seconds()
     workers = max(1, options.workers)
-    print(f"it will take about {seconds:.0f} s on one core, {seconds / workers:.0f} s with {workers} workers")
-    if options.sheet and tried:
-        _write_sheet(Path(options.sheet), tried, bodies)
+    rate = f"{frames / seconds:.0f} frames/s"
+    print(f"it will take about {seconds:.0f} s on one core ({rate}), {seconds / workers:.0f} s with {workers} workers")
+    for left_out in (made.why for made in tried if isinstance(made, Dropped)):
+        print(f"left out: {left_out}")
+    if options.sheet and (clips := [made for made in tried if isinstance(made, Clip)]):
+        _write_sheet(Path(options.sheet), clips, bodies)
     print("nothing was written into " + options.out)
     return 0
 

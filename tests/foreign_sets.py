@@ -315,6 +315,18 @@ def hmr2_members(key: str, made: Take, frame: int, people: list[dict], with_mask
     return members
 
 
+# ---- AMASS ----------------------------------------------------------------------------------------------------------
+
+
+def write_amass(path: Path, made: Take, fps: float = 120.0) -> None:
+    """SMPL-H's layout: SMPL's hands are the index fingers' first joints."""
+    poses = np.zeros((len(made), 52, 3))
+    poses[:, :22], poses[:, 22], poses[:, 37] = made.pose[:, :22], made.pose[:, 22], made.pose[:, 23]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = {"trans": made.trans, "mocap_framerate": fps, "gender": b"male", "betas": np.zeros(16)}
+    np.savez(path, poses=poses.reshape(len(made), 156), **labels)
+
+
 # ---- Human3.6M, MPI-INF-3DHP ----------------------------------------------------------------------------------------
 
 
@@ -351,8 +363,8 @@ def fits(made: Take) -> dict:
     }
 
 
-def write_h36m_hybrik(root: Path, made: Take, joints: int = 29, **changes: np.ndarray) -> None:
-    folder = "s_01_act_02_subact_01_ca_01"
+def write_h36m_hybrik(root: Path, made: Take, joints: int = 29, split: str = "train", **changes: np.ndarray) -> None:
+    folder = f"s_{'01' if split == 'train' else '09'}_act_02_subact_01_ca_01"
     names = [f"{folder}/{folder}_{5 * i + 1:06d}.jpg" for i in range(len(made))]
     camera = calibration(made)
     labels = {
@@ -364,7 +376,7 @@ def write_h36m_hybrik(root: Path, made: Take, joints: int = 29, **changes: np.nd
         "root_coord": 1000 * made.joints[:, 0],
         **changes,
     }
-    write_json(root / "annotations/Sample_5_train_Human36M_smpl.json", coco(names, made, **labels))
+    write_json(root / f"annotations/Sample_5_{split}_Human36M_smpl.json", coco(names, made, **labels))
     for name, image in zip(names, made.images, strict=True):
         write_picture(root / "images" / name, image)
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -85,15 +86,67 @@ def test_missing_pictures_are_counted_and_named_and_cut_the_track(
     assert "left out: 1 x missing picture: images/scene" in capsys.readouterr().out
 
 
-def test_a_damaged_picture_costs_its_clip_and_is_reported(tmp_path: Path, free_body: BodyModel) -> None:
-    made = foreign.take(free_body, frames=2, size=SIZE)
-    foreign.write_bedlam(tmp_path, "good", made)
-    foreign.write_bedlam(tmp_path, "bad", made)
-    (tmp_path / "images/bad/png/seq_000000/seq_000000_0005.png").write_bytes(b"no picture")
+def test_damaged_pictures_cost_their_frames_and_are_named(tmp_path: Path, free_body: BodyModel) -> None:
+    made = foreign.take(free_body, frames=6, size=SIZE)
+    foreign.write_bedlam(tmp_path, "scene", made)
+    folder = tmp_path / "images/scene/png/seq_000000"
+    (folder / "seq_000000_0000.png").write_bytes(b"no picture")
+    whole = (folder / "seq_000000_0015.png").read_bytes()
+    (folder / "seq_000000_0015.png").write_bytes(whole[: len(whole) // 2])
     assert run("bedlam", tmp_path, tmp_path / "out") == 0
-    assert len(ClipStore(tmp_path / "out")) == 1
-    (reason,) = Report.read(tmp_path / "out").dropped
-    assert reason == "a picture or mask that cannot be read"
+    clips = list(ClipStore(tmp_path / "out"))
+    assert [clip.key[-12:] for clip in clips] == ["_00000_00001", "_00000_00004"]
+    for clip, frames in zip(clips, (slice(1, 3), slice(4, 6)), strict=True):
+        assert np.abs(clip.joints3d[..., :3] - made.joints[frames]).max() < 1e-4
+    report = Report.read(tmp_path / "out")
+    assert (report.clips, report.frames) == (2, 4)
+    ((reason, times),) = report.dropped.items()
+    assert (reason, times) == ("a picture or mask that cannot be used", 2)
+    assert "frame 0: " in report.named[reason][0] and "0015.png cannot be decoded" in report.named[reason][1]
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("name", ["bedlam", "4dhumans"])
+def test_a_mask_of_another_size_than_its_picture_costs_the_frame(
+    name: str, tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE)
+    if name == "bedlam":
+        foreign.write_bedlam(tmp_path, "scene", made, with_masks=True)
+        for layer in tmp_path.glob("masks/scene/seq_000000/seq_000000_0000_*.png"):
+            foreign.write_picture(layer, np.zeros((60, 80, 3), np.uint8))
+    else:
+        members = foreign.hmr2_members("good", made, 1, [foreign.hmr2_person(made, 1)])
+        small = io.BytesIO()
+        np.savez(small, masks=np.ones((1, 60, 80), bool))
+        bad = foreign.hmr2_members("bad", made, 0, [foreign.hmr2_person(made)]) | {
+            "bad.detection.npz": small.getvalue()
+        }
+        foreign.write_tar(tmp_path / "a.tar", members | bad)
+    assert run(name, tmp_path, tmp_path / "out") == 0
+    assert [len(clip) for clip in ClipStore(tmp_path / "out")] == [1]
+    assert "the mask is 80x60 px, the picture 160x120" in capsys.readouterr().out
+
+
+def test_layers_of_a_mask_that_differ_in_size_cost_the_frame(tmp_path: Path, free_body: BodyModel) -> None:
+    foreign.write_bedlam(tmp_path, "scene", foreign.take(free_body, frames=2, size=SIZE), with_masks=True)
+    layer = tmp_path / "masks/scene/seq_000000/seq_000000_0000_01_clothing.png"
+    foreign.write_picture(layer, np.zeros((60, 80, 3), np.uint8))
+    assert run("bedlam", tmp_path, tmp_path / "out") == 0
+    ((told,),) = Report.read(tmp_path / "out").named.values()
+    assert f"{layer} has (60, 80) px, other masks of the picture have (120, 160)" in told
+
+
+def test_two_tracks_of_one_name_are_named_before_anything_is_written(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=1, size=SIZE)
+    for folder in ("a/b", "a-b"):
+        members = foreign.hmr2_members("k", made, 0, [foreign.hmr2_person(made)], with_masks=False)
+        foreign.write_tar(tmp_path / f"{folder}.tar", members)
+    assert run("4dhumans", tmp_path, tmp_path / "out") == 2
+    assert "1 names are those of several tracks, such as 'hmr2-a-b_k_0'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- labels that cannot be used -------------------------------------------------------------------------------------
@@ -153,6 +206,37 @@ def test_a_missing_key_is_named_with_those_there_are(
     command = (tmp_path, tmp_path / "out", "--body_male", "free")
     assert run("threedpw", *command) == 2
     assert "campose_valid must be a list" in capsys.readouterr().err
+
+
+def test_bad_samples_of_4dhumans_are_left_out_and_named_up_to_a_limit(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=1, size=SIZE)
+    person = foreign.hmr2_person(made)
+    changes = {
+        "good": {},
+        "nan": {"center": np.full(2, np.nan), "keypoints_2d": np.full((44, 3), np.nan)},
+        "shape": {"body_pose": np.zeros(69)},
+        "flag": {"has_betas": "yes"},
+        "word": {"scale": ["a", "b"]},
+    }
+    members = {}
+    for key, changed in changes.items():
+        members |= foreign.hmr2_members(key, made, 0, [person | changed], with_masks=False)
+    members |= foreign.hmr2_members("cut", made, 0, [person], with_masks=False)
+    members["cut.data.pyd"] = members["cut.data.pyd"][:-20]
+    members["alone.jpg"] = members["good.jpg"]
+    foreign.write_tar(tmp_path / "a.tar", members)
+    assert run("4dhumans", tmp_path, tmp_path / "out", "--max_unusable", "0.7") == 2
+    assert "5 of 7 tracks have labels that cannot be used (" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run("4dhumans", tmp_path, tmp_path / "out", "--max_unusable", "0.8") == 0
+    assert [clip.key for clip in ClipStore(tmp_path / "out")] == ["hmr2-a_good_0"]
+    report = Report.read(tmp_path / "out")
+    assert report.dropped == {"labels that cannot be used": 5, "no frame with labels of somebody in the picture": 1}
+    told = "\n".join(report.named["labels that cannot be used"])
+    for name in ("shape_0: body_pose", "flag_0: has_betas", "word_0: scale", "cut.data.pyd", "alone has only jpg"):
+        assert name in told
 
 
 # ---- going on, sharing, looking -------------------------------------------------------------------------------------
@@ -326,12 +410,8 @@ def test_amass_is_packed_z_up_to_y_up_at_thirty_frames_a_second(
 ) -> None:
     made = foreign.take(free_body, frames=120, seed=3, up="z", still=True)
     root = tmp_path / "AMASS"
-    (root / "CMU/01").mkdir(parents=True)
-    poses = np.zeros((120, 52, 3))
-    poses[:, :22], poses[:, 22], poses[:, 37] = made.pose[:, :22], made.pose[:, 22], made.pose[:, 23]
-    labels = {"trans": made.trans, "mocap_framerate": 120.0, "gender": b"male", "betas": np.zeros(16)}
-    np.savez(root / "CMU/01/01_01_poses.npz", poses=poses.reshape(120, 156), **labels)
-    np.savez(root / "CMU/01/short_poses.npz", poses=poses[:90].reshape(90, 156), **labels | {"trans": made.trans[:90]})
+    foreign.write_amass(root / "CMU/01/01_01_poses.npz", made)
+    foreign.write_amass(root / "CMU/01/short_poses.npz", replace(made, pose=made.pose[:90], trans=made.trans[:90]))
     np.savez(root / "CMU/01/shape.npz", betas=np.zeros(16))
     (root / "CMU/01/cut_poses.npz").write_bytes(b"PK")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -288,6 +290,38 @@ def test_a_lost_picture_cannot_shift_the_labels_of_3dhp(tmp_path: Path, free_bod
     (tmp_path / f"S1/Seq1/imageFrames/video_1/frame_{lost:06d}.jpg").unlink()
     with pytest.raises(ConvertError, match=f"video_1 has no picture {lost}, but {lost + 1}"):
         MpiInf3dhp(tmp_path, "raw").open("S1/Seq1/annot.mat")
+
+
+def test_cameras_that_share_a_folder_are_films_of_their_own(tmp_path: Path, free_body: BodyModel) -> None:
+    made = foreign.take(free_body, frames=2, seed=12, still=True)
+    foreign.write_3dhp_hybrik(tmp_path, made)
+    content = json.loads((annotations := next(tmp_path.glob("annotations/*.json"))).read_text())
+    for image in content["images"][:]:
+        second = image | {"id": image["id"] + 50, "file_name": image["file_name"].replace("_V0_", "_V1_")}
+        content["images"].append(second)
+        content["annotations"] += [
+            a | {"image_id": second["id"]} for a in content["annotations"] if a["image_id"] == image["id"]
+        ]
+        shutil.copy(tmp_path / "images" / image["file_name"], tmp_path / "images" / second["file_name"])
+    foreign.write_json(annotations, content)
+    clips = convert("mpi_inf_3dhp", tmp_path, tmp_path / "out", "--split", "hybrik")
+    assert [(clip.key, len(clip)) for clip in clips] == [(f"3dhp-S2-Seq1-img_S2_Seq1_V{i}__000001", 2) for i in (0, 1)]
+
+
+def test_people_of_one_picture_and_pictures_of_one_name_are_clips_of_their_own(
+    tmp_path: Path, free_body: BodyModel
+) -> None:
+    foreign.write_3dhp_spin(tmp_path, foreign.take(free_body, seed=13))
+    first = tmp_path / "annotations/mpi_inf_3dhp_train.npz"
+    with np.load(first) as file:
+        labels = dict(file)
+    names = ["S1/Seq1/frame_000001.jpg", "S1/Seq1/frame_000001.jpg"]  # two people
+    np.savez(first, **labels | {"imgname": np.array(names)})
+    np.savez(first.with_name("more.npz"), **labels | {"imgname": np.array([n.replace("S1", "S2") for n in names])})
+    shutil.copytree(tmp_path / "images/S1", tmp_path / "images/S2")
+    clips = convert("mpi_inf_3dhp", tmp_path, tmp_path / "out", "--split", "spin")
+    assert len({clip.key for clip in clips}) == 4
+    assert [clip.source for clip in clips] == [f"3dhp:{n.replace('S1', s)}" for s in ("S2", "S1") for n in names]
 
 
 def test_mpi_inf_3dhp_of_spin(tmp_path: Path, free_body: BodyModel) -> None:

@@ -25,15 +25,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, overload
+from typing import ClassVar
 
 import numpy as np
 
 from fasthmr.conventions import JOINTS29, NUM_BETAS, NUM_JOINTS
 from fasthmr.data.convert.masks import Layers
-from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_npz
+from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_npz, text
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, clean_key
+from fasthmr.data.convert.track import GENDERS, Track, Tracks, clean_key, gender_of
 from fasthmr.data.crops import CROP_SCALE
 from fasthmr.data.schema import Gender, Status
 
@@ -43,7 +43,6 @@ _RENDERED_FPS = 30.0
 _LYING = ("closeup", "portrait")
 _SMPLX_BODY_JOINTS = 22
 _FROM_SMPL = ("joints2d", "joints3d", "pose", "betas", "translation")
-_GENDERS: dict[str, Gender] = {"neutral": "neutral", "male": "male", "female": "female"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Bedlam:
     def units(self) -> list[str]:
         return [p.relative_to(self.root).as_posix() for p in sorted((self.root / "labels").glob("*.npz"))]
 
-    def open(self, unit: str) -> Sequence[Track]:
+    def open(self, unit: str) -> Tracks:
         return _Scene(self, unit)
 
 
@@ -91,7 +90,7 @@ class CameraHmr(Bedlam):
         )
 
 
-class _Scene(Sequence[Track]):
+class _Scene:
     """The tracks of an npz; a track is made when it is asked for, because a file may have a million rows."""
 
     def __init__(self, foreign: Bedlam, unit: str) -> None:
@@ -103,7 +102,7 @@ class _Scene(Sequence[Track]):
             ("cam_ext", "gtkps", "gender", "sub"),
         )
         names = self._labels["imgname"]
-        self._names = [n.decode("latin1") if isinstance(n, bytes) else str(n) for n in names.tolist()]
+        self._names = list(map(text, names.tolist()))
         rows = len(names)
         for key, array in self._labels.items():
             if len(array) != rows:
@@ -112,15 +111,8 @@ class _Scene(Sequence[Track]):
     def __len__(self) -> int:
         return len(self._groups)
 
-    @overload
-    def __getitem__(self, index: int) -> Track: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Track]: ...
-    def __getitem__(self, index: int | slice) -> Track | Sequence[Track]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        key, rows, fps = self._groups[index]
-        return self._track(key, rows, fps)
+    def __getitem__(self, number: int) -> Track:
+        return self._track(*self._groups[number])
 
     @cached_property
     def _groups(self) -> list[tuple[str, np.ndarray, float]]:
@@ -203,11 +195,7 @@ class _Scene(Sequence[Track]):
     def _gender(self, row: int, shapes: int) -> Gender:
         if shapes == 11 or "gender" not in self._labels:
             return "neutral"
-        gender = self._labels["gender"][row]
-        gender = gender.decode() if isinstance(gender, bytes) else str(gender)
-        if gender not in _GENDERS:
-            raise ConvertError(f"{self._unit}: gender must be one of {', '.join(_GENDERS)}, got {gender!r}")
-        return _GENDERS[gender]
+        return gender_of(self._labels["gender"][row], GENDERS, self._unit)
 
     def _masks(self, rows: np.ndarray, labels: dict[str, np.ndarray]) -> Layers | None:
         folder = self._foreign.root / "masks" / self.name

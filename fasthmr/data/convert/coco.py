@@ -13,6 +13,8 @@ import numpy as np
 
 from fasthmr.data.convert.reading import ConvertError, numbers
 
+_NUMBER = re.compile(r"(\d+)\.\w+$")
+
 
 @dataclass(frozen=True)
 class Image:
@@ -42,12 +44,15 @@ def images_of(content: Mapping[str, Any], where: str) -> list[Image]:
 
 
 def sequences(images: Sequence[Image]) -> Iterator[tuple[str, list[Image]]]:
-    """(folder, its pictures in order of their numbers)."""
-    folders: dict[str, list[Image]] = {}
+    """(folder, its pictures in order of their numbers); of a folder with several cameras' pictures, each by itself."""
+    folders: dict[str, dict[str, list[Image]]] = {}
     for image in images:
-        folders.setdefault(str(PurePosixPath(image.name).parent), []).append(image)
-    for folder, found in folders.items():
-        yield folder, sorted(found, key=lambda image: image.number)
+        name = PurePosixPath(image.name)
+        folders.setdefault(str(name.parent), {}).setdefault(_NUMBER.sub("", name.name), []).append(image)
+    for folder, films in folders.items():
+        for start, found in films.items():
+            film = folder if len(films) == 1 else f"{folder}/{start}"
+            yield film, sorted(found, key=lambda image: image.number)
 
 
 def runs(images: Sequence[Image]) -> Iterator[tuple[list[Image], int]]:
@@ -68,7 +73,7 @@ def boxes(labels: Sequence[Mapping[str, Any]], where: str) -> tuple[np.ndarray, 
 
 
 def _number(name: str, where: str) -> int:
-    found = re.search(r"(\d+)\.\w+$", name)
+    found = _NUMBER.search(name)
     if not found:
         raise ConvertError(f"{where}: file_name must end in a picture's number, got {name!r}")
     return int(found.group(1))

@@ -20,11 +20,9 @@ import numpy as np
 from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
 from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_pickle
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, clean_key, square_of_corners
-from fasthmr.data.schema import Gender
+from fasthmr.data.convert.track import GENDERS, Track, Tracks, clean_key, gender_of, square_of_corners
 
 _SITE = "https://eth-ait.github.io/emdb"
-_GENDERS: dict[str, Gender] = {"male": "male", "female": "female", "neutral": "neutral"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Emdb:
     def units(self) -> list[str]:
         return [p.relative_to(self.root).as_posix() for p in sorted(self.root.glob("P*/*/*_data.pkl"))]
 
-    def open(self, unit: str) -> Sequence[Track]:
+    def open(self, unit: str) -> Tracks:
         labels = read_pickle(inside(self.root, unit))
         if self.split != "all":
             if self.split not in labels:
@@ -63,9 +61,6 @@ def _track(labels: Mapping[str, Any], unit: str) -> Track:
     extrinsics = numbers(camera, "extrinsics", (None, 4, 4), unit)
     frames = len(extrinsics)
     pose = [numbers(smpl, name, (frames, width), unit) for name, width in (("poses_root", 3), ("poses_body", 69))]
-    gender = str(labels.get("gender"))
-    if gender not in _GENDERS:
-        raise ConvertError(f"{unit}: gender must be one of {', '.join(_GENDERS)}, got {gender!r}")
     folder = Path(unit).parent
     center, size = _boxes(labels, frames, unit)
     return Track(
@@ -74,7 +69,7 @@ def _track(labels: Mapping[str, Any], unit: str) -> Track:
         fps=30.0,
         pictures=[Picture((folder / "images" / f"{i:05d}.jpg").as_posix()) for i in range(frames)],
         valid=numbers(labels, "good_frames_mask", (frames,), unit) > 0,
-        gender=_GENDERS[gender],
+        gender=gender_of(labels.get("gender"), GENDERS, unit),
         intrinsics=np.broadcast_to(numbers(camera, "intrinsics", (3, 3), unit), (frames, 3, 3)),
         pose=np.concatenate(pose, axis=1).reshape(frames, NUM_JOINTS, 3),
         betas=np.broadcast_to(numbers(smpl, "betas", (NUM_BETAS,), unit), (frames, NUM_BETAS)),

@@ -27,7 +27,7 @@ from fasthmr.data.convert.coco import Image, boxes, images_of, runs, sequences
 from fasthmr.data.convert.neural_annot import FITS, fitted_track, pinhole
 from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_json
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, clean_key
+from fasthmr.data.convert.track import Track, Tracks, clean_key
 
 _SITE = "http://vision.imar.ro/human3.6m"
 _HYBRIK = "https://github.com/Jeff-sjtu/HybrIK"
@@ -65,7 +65,7 @@ class Human36M:
         ]
         return [path.relative_to(self.root).as_posix() for path in found]
 
-    def open(self, unit: str) -> Sequence[Track]:
+    def open(self, unit: str) -> Tracks:
         path = inside(self.root, unit)
         return list(_fitted(path, unit) if unit.endswith("_SMPL_NeuralAnnot.json") else _annotated(path, unit))
 

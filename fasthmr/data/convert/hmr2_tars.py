@@ -20,7 +20,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from fasthmr.data.convert.reading import (
     tar_members,
 )
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, clean_key
+from fasthmr.data.convert.track import Track, Tracks, clean_key
 from fasthmr.data.crops import CROP_SCALE
 from fasthmr.data.schema import Status
 from fasthmr.geometry.boxes import hmr2_box_size
@@ -67,7 +67,7 @@ class Hmr2Tars:
     def units(self) -> list[str]:
         return [p.relative_to(self.root).as_posix() for p in sorted(self.root.glob("**/*.tar"))]
 
-    def open(self, unit: str) -> Sequence[Track]:
+    def open(self, unit: str) -> Tracks:
         return _Tar(self.root, unit)
 
 
@@ -81,8 +81,8 @@ class _Sample:
     masks: tuple[int, int] | None  # offset and size
 
 
-class _Tar(Sequence[Track]):
-    """The people in a tar; pictures and masks are only located."""
+class _Tar:
+    """The people in a tar; pictures and masks are only located. Labels that cannot be read take the place of one."""
 
     def __init__(self, root: Path, unit: str) -> None:
         self._unit, self._path = unit, inside(root, unit)
@@ -91,28 +91,29 @@ class _Tar(Sequence[Track]):
             stem, _, extension = PurePosixPath(name).name.partition(".")
             key = str(PurePosixPath(name).parent / stem)
             members.setdefault(key, {})[extension] = (offset, size)
-        self._samples: list[_Sample] = []
+        self._samples: list[_Sample | ConvertError] = []
         for key, files in members.items():
-            where = f"{self._path}: {key}"
-            found = [files[extension] for extension in _PICTURES if extension in files]
-            if not found or _LABELS not in files:
-                raise ConvertError(f"{where} has only {', '.join(sorted(files))}; it takes a picture and .{_LABELS}")
-            picture = Picture(unit, *found[0])
-            people = pickled_list(read_part(self._path, *files[_LABELS]), f"{where}.{_LABELS}")
-            for person, labels in enumerate(people):
-                self._samples.append(_Sample(f"{key}_{person}", picture, labels, files.get(_MASKS)))
+            try:
+                self._samples += self._people(key, files)
+            except ConvertError as error:
+                self._samples.append(error)
+
+    def _people(self, key: str, files: Mapping[str, tuple[int, int]]) -> list[_Sample]:
+        where = f"{self._path}: {key}"
+        found = [files[extension] for extension in _PICTURES if extension in files]
+        if not found or _LABELS not in files:
+            raise ConvertError(f"{where} has only {', '.join(sorted(files))}; it takes a picture and .{_LABELS}")
+        people = pickled_list(read_part(self._path, *files[_LABELS]), f"{where}.{_LABELS}")
+        picture = Picture(self._unit, *found[0])
+        return [_Sample(f"{key}_{i}", picture, labels, files.get(_MASKS)) for i, labels in enumerate(people)]
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    @overload
-    def __getitem__(self, index: int) -> Track: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Track]: ...
-    def __getitem__(self, index: int | slice) -> Track | Sequence[Track]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        sample = self._samples[index]
+    def __getitem__(self, number: int) -> Track:
+        sample = self._samples[number]
+        if isinstance(sample, ConvertError):
+            raise sample
         labels, where = sample.labels, f"{self._unit}: {sample.name}"
         points = numbers(labels, "keypoints_2d", (_KEYPOINTS, 3), where)
         points3d = numbers(labels, "keypoints_3d", (_KEYPOINTS, 4), where)
@@ -153,6 +154,7 @@ class _Tar(Sequence[Track]):
 
 def _flagged(labels: Mapping[str, Any], name: str, width: int, where: str, shape: tuple[int, ...]) -> np.ndarray | None:
     """A label with a flag `has_NAME` beside it; None where it is off."""
-    if not np.asarray(labels.get(f"has_{name}", 0)).astype(bool).all():
+    flag = f"has_{name}"
+    if flag not in labels or not numbers(labels, flag, None, where).all():
         return None
     return numbers(labels, name, (width,), where).reshape(shape)

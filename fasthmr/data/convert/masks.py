@@ -37,14 +37,18 @@ class Layers:
         """Instances (H,W) uint8 of the upright picture.
 
         Raises:
-            ConvertError: the picture has no masks, or the person is on none of them.
+            ConvertError: the picture has no masks, or they differ in size.
         """
         stem = Path(self.stems[frame])
         people: dict[str, np.ndarray] = {}
+        size: tuple[int, ...] | None = None
         for layer in _LAYERS:
             for path in sorted((self.folder / stem.parent).glob(f"{stem.name}_??_{layer}.png")):
                 shown = read_picture(self.folder, Picture(path.relative_to(self.folder).as_posix()))[..., 0] > 127
                 who = path.name.removeprefix(f"{stem.name}_")[:2]
+                size = shown.shape if size is None else size
+                if shown.shape != size:
+                    raise ConvertError(f"{path} has {shown.shape} px, other masks of the picture have {size}")
                 people[who] = people[who] | shown if who in people else shown
         if not people:
             raise ConvertError(f"{self.folder / stem}_*_body.png are missing: the scene has masks, this picture none")

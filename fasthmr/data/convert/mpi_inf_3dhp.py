@@ -35,9 +35,9 @@ from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
 from fasthmr.data.convert.coco import Image, boxes, images_of, runs, sequences
 from fasthmr.data.convert.keypoints import FROM_3DHP_28, FROM_24, FROM_H36M_17, joints29
 from fasthmr.data.convert.neural_annot import FITS, fitted_track
-from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_json, read_npz
+from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_json, read_npz, text
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, clean_key
+from fasthmr.data.convert.track import Track, Tracks, clean_key
 from fasthmr.data.crops import CROP_SCALE
 
 _SITE = "https://vcai.mpi-inf.mpg.de/3dhp-dataset"
@@ -89,7 +89,7 @@ class MpiInf3dhp:
         found = sorted(self.root.glob(_NEEDS[self.split][0].pattern))
         return [path.relative_to(self.root).as_posix() for path in found]
 
-    def open(self, unit: str) -> Sequence[Track]:
+    def open(self, unit: str) -> Tracks:
         path = inside(self.root, unit)
         readers = {"raw": _raw, "neural_annot": _fitted, "hybrik": _annotated, "spin": _spin}
         return list(readers[self.split](path, unit))
@@ -214,13 +214,12 @@ def _spin(path: Path, unit: str) -> Iterator[Track]:
     places = numbers(labels, "S", (count, 24, 4), unit) if "S" in labels else None
     points = numbers(labels, "part", (count, 24, 3), unit) if "part" in labels else None
     for row, name in enumerate(labels["imgname"].tolist()):
-        name = name.decode("latin1") if isinstance(name, bytes) else str(name)
         one = slice(row, row + 1)
         yield Track(
-            key=clean_key(f"3dhp-spin_{row:07d}"),
-            source=f"3dhp:{name}",
+            key=clean_key(f"3dhp-{path.stem}_{row:07d}"),  # of the row: a picture may have several people
+            source=f"3dhp:{text(name)}",
             fps=1.0,
-            pictures=[Picture(f"images/{name}")],
+            pictures=[Picture(f"images/{text(name)}")],
             valid=np.ones(1, bool),
             pose=pose[one].reshape(1, NUM_JOINTS, 3) if pose is not None and fitted[row] else None,
             betas=shape[one] if shape is not None and fitted[row] else None,

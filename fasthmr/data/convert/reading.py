@@ -191,8 +191,13 @@ def pickled_list(content: bytes, what: str) -> Sequence[Mapping[str, Any]]:
     return value
 
 
-def numbers(labels: Mapping[str, Any], name: str, shape: tuple[int | None, ...], where: str) -> np.ndarray:
-    """`labels[name]` as float64 of that shape; None fits any length. NaN is let through: it marks frames.
+def text(value: Any) -> str:
+    """A name, which NumPy may have written as bytes."""
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def numbers(labels: Mapping[str, Any], name: str, shape: tuple[int | None, ...] | None, where: str) -> np.ndarray:
+    """`labels[name]` as float64 of that shape; None fits any length, or any shape. NaN is let through: it marks frames.
 
     Raises:
         ConvertError: it is missing, holds no numbers, or has another shape.
@@ -203,8 +208,9 @@ def numbers(labels: Mapping[str, Any], name: str, shape: tuple[int | None, ...],
         array = np.asarray(labels[name], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ConvertError(f"{where}: {name} must hold numbers: {error}") from error
-    fits = array.ndim == len(shape) and all(w in (None, g) for w, g in zip(shape, array.shape, strict=True))
-    if not fits:
+    if shape is not None and not (
+        array.ndim == len(shape) and all(w in (None, g) for w, g in zip(shape, array.shape, strict=True))
+    ):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ConvertError(f"{where}: {name} must have shape ({wanted}), got {array.shape}")
     return array

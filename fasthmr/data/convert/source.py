@@ -20,17 +20,18 @@ from tqdm import tqdm
 
 from fasthmr.body import BodyModel
 from fasthmr.data.convert.reading import ConvertError, inside
-from fasthmr.data.convert.track import Crops, Track, make_clip
+from fasthmr.data.convert.track import Crops, Tracks, make_clips
 from fasthmr.data.index import Manifest, ShardIndex
 from fasthmr.data.schema import Clip, Gender
 from fasthmr.data.shards import Dropped
 
 #: raised whenever the same download gives other clips than before
-_VERSION = 1
+_VERSION = 2
 #: how many of a kind are named in a report
 _NAMED = 5
 #: name of the report in a converted set
 REPORT = "report.json"
+MISSING, UNUSABLE = "missing picture", "labels that cannot be used"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ForeignSet(Protocol):
         """The label files, relative to the root: what is read at once, and dealt out to the jobs of a cluster."""
         ...
 
-    def open(self, unit: str) -> Sequence[Track]:
+    def open(self, unit: str) -> Tracks:
         """The tracks of a unit, made when asked for; no picture is read.
 
         Raises:
@@ -161,25 +162,28 @@ class Plan:
     pieces: list[_Piece]
     genders: list[Gender]
     report: Report
-    missing: int
 
 
 def plan(foreign: ForeignSet, units: Sequence[str], longest: int, workers: int = 1, progress: bool = False) -> Plan:
     """Read all labels once, look which pictures are there, and cut tracks into clips.
 
     Raises:
-        ConvertError: a label file is damaged, or not of this format.
+        ConvertError: a label file is damaged, or not of this format; or two tracks have one name.
     """
-    total = Plan([], [], Report(), 0)
-    pieces, genders, missing = total.pieces, set(), 0
+    pieces: list[_Piece] = []
+    genders: set[Gender] = set()
+    keys: Counter[str] = Counter()
+    report = Report()
     with map_in_processes(min(workers, len(units))) as apply:
         jobs = apply(_plan_unit, [(foreign, unit, longest) for unit in units])
-        for part in tqdm(jobs, total=len(units), unit="file", desc="reading labels", disable=not progress):
+        for part, names in tqdm(jobs, total=len(units), unit="file", desc="reading labels", disable=not progress):
             pieces += part.pieces
             genders |= {*part.genders}
-            missing += part.missing
-            total.report.add(part.report)
-    return Plan(pieces, sorted(genders), total.report, missing)
+            keys.update(names)
+            report.add(part.report)
+    if twice := [key for key, times in keys.items() if times > 1]:  # found now, not when all clips are written
+        raise ConvertError(f"{len(twice)} names are those of several tracks, such as {twice[0]!r}: rename their files")
+    return Plan(pieces, sorted(genders), report)
 
 
 @contextmanager
@@ -195,24 +199,30 @@ def map_in_processes(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _plan_unit(job: tuple[ForeignSet, str, int]) -> Plan:
+def _plan_unit(job: tuple[ForeignSet, str, int]) -> tuple[Plan, list[str]]:
+    """The clips of a unit, and the keys of its tracks."""
     foreign, unit, longest = job
-    report, pieces, genders, missing = Report(units=1), [], set(), 0
-    there = _Listing(foreign.root)
-    for number, track in enumerate(foreign.open(unit)):
-        report.tracks += 1
+    report, pieces, genders, keys = Report(units=1), [], set(), []
+    there, tracks = _Listing(foreign.root), foreign.open(unit)
+    report.tracks = len(tracks)
+    for number in range(len(tracks)):
+        try:
+            track = tracks[number]
+        except ConvertError as error:
+            report.drop(UNUSABLE, str(error))
+            continue
+        keys.append(track.key)
         usable = np.array([picture.size is not None or there.has(picture.path) for picture in track.pictures])
-        missing += int((~usable).sum())
         if not usable.all():
             name = track.pictures[int(np.argmin(usable))].path
-            report.drop("missing picture", name, int((~usable).sum()))
+            report.drop(MISSING, name, int((~usable).sum()))
         found = list(track.pieces(longest, usable))
         pieces += [_Piece(unit, number, first, last) for first, last in found]
         report.clips += len(found)
         report.frames += int(usable.sum())
         report.frames_without_labels += int((usable & ~track.labelled()).sum())
         genders.add(track.gender)
-    return Plan(pieces, sorted(genders), report, missing)
+    return Plan(pieces, sorted(genders), report), keys
 
 
 class _Listing:
@@ -235,7 +245,7 @@ class _Listing:
 
 
 @lru_cache(maxsize=1)
-def _opened(foreign: ForeignSet, unit: str) -> Sequence[Track]:
+def _opened(foreign: ForeignSet, unit: str) -> Tracks:
     return foreign.open(unit)
 
 
@@ -255,11 +265,12 @@ class ConvertedSource:
     def __len__(self) -> int:
         return len(self._plan.pieces)
 
-    def make(self, index: int) -> Clip | Dropped:
-        """Clip `index`."""
+    def make(self, index: int, frames: int | None = None) -> list[Clip | Dropped]:
+        """Piece `index`, or its first `frames`: one clip; more or none if pictures are damaged."""
         piece = self._plan.pieces[index]
         track = _opened(self._foreign, piece.unit)[piece.track]
-        return make_clip(track.part(piece.first, piece.last), self._foreign.root, self._bodies, self._crops)
+        last = piece.last if frames is None else min(piece.last, piece.first + frames)
+        return make_clips(track, piece.first, last, self._foreign.root, self._bodies, self._crops)
 
     def describe(self) -> dict[str, Any]:
         """What the clips depend on: the label files by size, not by path."""
@@ -276,20 +287,19 @@ class ConvertedSource:
             **asdict(self._crops),
         }
 
-    def seconds(self, clips: int = 3, frames: int = 60) -> tuple[float, list[Clip]]:
-        """Seconds that converting all will take on one core, from trying a few clips, and these clips."""
-        made, took, done = [], 0.0, 0
+    def seconds(self, clips: int = 3, frames: int = 60) -> tuple[float, list[Clip | Dropped]]:
+        """Seconds that converting all will take on one core, from trying a few clips, and what became of them."""
+        made: list[Clip | Dropped] = []
+        took, done = 0.0, 0
         chosen = np.unique(np.linspace(0, len(self) - 1, clips).astype(int)).tolist()
         for warm, index in enumerate([chosen[0], *chosen]):  # the first one is not timed: pictures come from the disk
             piece = self._plan.pieces[index]
-            track = _opened(self._foreign, piece.unit)[piece.track]
-            last = min(piece.last, piece.first + frames)
             start = time.perf_counter()
-            clip = make_clip(track.part(piece.first, last), self._foreign.root, self._bodies, self._crops)
+            tried = self.make(index, frames)
             if warm:
                 took += time.perf_counter() - start
-                done += last - piece.first
-                made += [clip] if isinstance(clip, Clip) else []
+                done += min(frames, piece.last - piece.first)
+                made += tried
         return took / done * self._plan.report.frames, made
 
 

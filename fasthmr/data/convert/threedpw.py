@@ -20,7 +20,7 @@ import numpy as np
 from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
 from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_pickle
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, clean_key
+from fasthmr.data.convert.track import Track, Tracks, clean_key, gender_of
 from fasthmr.data.schema import Gender
 
 _SITE = "https://virtualhumans.mpi-inf.mpg.de/3DPW"
@@ -49,7 +49,7 @@ class ThreeDPW:
         found = sorted((self.root / "sequenceFiles" / self.split).glob("*.pkl"))
         return [p.relative_to(self.root).as_posix() for p in found]
 
-    def open(self, unit: str) -> Sequence[Track]:
+    def open(self, unit: str) -> Tracks:
         return list(_tracks(self.root, unit))
 
 
@@ -68,16 +68,13 @@ def _tracks(root: Path, unit: str) -> Iterator[Track]:
         betas = numbers(of_one, "betas", (None,), where)
         if len(betas) < NUM_BETAS:
             raise ConvertError(f"{where}: betas must hold at least {NUM_BETAS} numbers, got {len(betas)}")
-        gender = str(labels["genders"][person])
-        if gender not in _GENDERS:
-            raise ConvertError(f"{where}: genders must be 'm' or 'f', got {gender!r}")
         yield Track(
             key=clean_key(f"3dpw-{sequence}_{person}"),
             source=f"3dpw/{unit.split('/')[1]}:{sequence}",
             fps=30.0,
             pictures=[Picture(f"imageFiles/{sequence}/image_{i:05d}.jpg") for i in range(frames)],
             valid=numbers(of_one, "campose_valid", (frames,), where) > 0,
-            gender=_GENDERS[gender],
+            gender=gender_of(labels["genders"][person], _GENDERS, where),
             intrinsics=np.broadcast_to(intrinsics, (frames, 3, 3)),
             pose=numbers(of_one, "poses", (frames, 3 * NUM_JOINTS), where).reshape(frames, NUM_JOINTS, 3),
             betas=np.broadcast_to(betas[:NUM_BETAS], (frames, NUM_BETAS)),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from fasthmr.body import BodyModel
 from fasthmr.conventions import JOINTS29, NUM_BETAS, NUM_JOINTS
-from fasthmr.data.convert.reading import ConvertError, Picture, read_picture
+from fasthmr.data.convert.reading import ConvertError, Picture, read_picture, text
 from fasthmr.data.crops import STORED_SCALE, cut_stored
 from fasthmr.data.schema import LABELS, Clip, Gender, PackedImages, Status
 from fasthmr.data.shards import Dropped
@@ -35,6 +36,9 @@ _POSED_AT_ONCE = 64
 _LONGEST_KEY = 74
 #: betas that differ by less are the same
 _SAME_BETA = 1e-5
+
+#: what sets that use whole words call them
+GENDERS: dict[str, Gender] = {"neutral": "neutral", "male": "male", "female": "female"}
 
 _ARRAYS: dict[str, tuple[int, ...]] = {
     "intrinsics": (3, 3),
@@ -122,6 +126,8 @@ class Track:
         """The labels that there are, by name, with zeros for what is not finite and confidences from 0 to 1."""
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         arrays = {name: np.where(np.isfinite(array), array, 0.0) for name, array in arrays.items()}
+        if self.center is not None and self.size is not None:  # a box that is nowhere is none
+            arrays["size"] = np.where(np.isfinite(self.center).all(1), arrays["size"], 0.0)
         for name in {"joints2d", "joints3d"} & arrays.keys():
             arrays[name][..., -1] = np.clip(arrays[name][..., -1], 0, 1)
         return arrays
@@ -153,6 +159,31 @@ class Track:
                 yield from ((i, min(i + step, last)) for i in range(first, last, step))
 
 
+class Tracks(Protocol):
+    """Tracks by number; a list of them, or ones that are made when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Track:
+        """Track `number`.
+
+        Raises:
+            ConvertError: its labels cannot be used; the other tracks can.
+        """
+        ...
+
+
+def gender_of(value: Any, genders: Mapping[str, Gender], where: str) -> Gender:
+    """What a set's word for a gender means.
+
+    Raises:
+        ConvertError: it is none of `genders`.
+    """
+    if (word := text(value)) not in genders:
+        raise ConvertError(f"{where}: gender must be one of {', '.join(genders)}, got {word!r}")
+    return genders[word]
+
+
 def clean_key(name: str) -> str:
     """A name as a clip's key: what is not allowed in one becomes `-`; a long one ends in a checksum of itself."""
     key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
@@ -175,23 +206,57 @@ class Crops:
     jpeg_quality: int = 90
 
 
-def make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], crops: Crops) -> Clip | Dropped:
-    """Read a track's pictures and make its clip; or say why there is none."""
+def make_clips(
+    track: Track, first: int, last: int, root: Path, bodies: Mapping[Gender, BodyModel], crops: Crops
+) -> list[Clip | Dropped]:
+    """Read the pictures of frames `first` to `last` (exclusive) of a track and make a clip of them.
+
+    A picture or mask that cannot be used costs its frame: it cuts the clip in two, as one that is missing would. All
+    pictures of such a clip are read once more, to find every one of them.
+
+    Returns:
+        Clips, and what was left out.
+    """
+    part = track.part(first, last)
     try:
-        first = _upright(root, track, 0)
-        labels = _Labels.of(track, bodies, np.array([first.shape[1], first.shape[0]]))
-        if not labels.valid.any():
-            return Dropped(f"no frame with labels of somebody in the picture: {track.key}")
-        crop_from_image = crop_affine(labels.center, STORED_SCALE * labels.size, crops.crop_px)
-        images, masks = [], []
-        for frame in range(len(track)):
-            image = _upright(root, track, frame) if frame else first
-            if image.shape != first.shape:
-                return Dropped(f"pictures of different sizes: {track.key}: {first.shape[:2]} and {image.shape[:2]} px")
-            images.append(cut_stored(image, crop_from_image[frame], crops.crop_px))
-            masks.append(_cut_mask(track, frame, crop_from_image[frame], crops.crop_px))
+        return [_make_clip(part, root, bodies, crops)]
+    except ConvertError:
+        harm = [_harm(part, frame, root) for frame in range(len(part))]
+        left_out = [Dropped(f"a picture or mask that cannot be used: {why}") for why in harm if why]
+        pieces = part.pieces(0, np.array([not why for why in harm]))
+        clips = [_make_clip(track.part(first + start, first + end), root, bodies, crops) for start, end in pieces]
+        return [*clips, *left_out]
+
+
+def _harm(track: Track, frame: int, root: Path) -> str:
+    """What is wrong with a picture or its mask; empty if nothing is."""
+    try:
+        _mask(track, frame, _upright(root, track, frame))
     except ConvertError as error:
-        return Dropped(f"a picture or mask that cannot be read: {track.key}: {error}")
+        return f"{track.key}, frame {frame}: {error}"
+    return ""
+
+
+def _make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], crops: Crops) -> Clip | Dropped:
+    """The clip of a track; or why there is none.
+
+    Raises:
+        ConvertError: a picture or mask cannot be used.
+    """
+    first = _upright(root, track, 0)
+    labels = _Labels.of(track, bodies, np.array([first.shape[1], first.shape[0]]))
+    if not labels.valid.any():
+        return Dropped(f"no frame with labels of somebody in the picture: {track.key}")
+    crop_from_image = crop_affine(labels.center, STORED_SCALE * labels.size, crops.crop_px)
+    images, masks = [], []
+    for frame in range(len(track)):
+        image = _upright(root, track, frame) if frame else first
+        if image.shape != first.shape:
+            return Dropped(f"pictures of different sizes: {track.key}: {first.shape[:2]} and {image.shape[:2]} px")
+        images.append(cut_stored(image, crop_from_image[frame], crops.crop_px))
+        mask = _mask(track, frame, image)
+        side = (crops.crop_px, crops.crop_px)
+        masks.append(cv2.warpAffine(mask, crop_from_image[frame], side, flags=cv2.INTER_NEAREST))
     return Clip(
         key=track.key,
         source=track.source,
@@ -215,10 +280,15 @@ def _upright(root: Path, track: Track, frame: int) -> np.ndarray:
     return np.rot90(read_picture(root, track.pictures[frame]), -track.quarter_turns)
 
 
-def _cut_mask(track: Track, frame: int, crop_from_image: np.ndarray, side_px: int) -> np.ndarray:
+def _mask(track: Track, frame: int, image: np.ndarray) -> np.ndarray:
+    """The mask (H,W) uint8 of a picture (H,W,3); without anybody if the set has none."""
     if track.mask is None:
-        return np.zeros((side_px, side_px), np.uint8)
-    return cv2.warpAffine(track.mask(frame), crop_from_image, (side_px, side_px), flags=cv2.INTER_NEAREST)
+        return np.zeros(image.shape[:2], np.uint8)
+    mask = track.mask(frame)
+    if mask.shape != image.shape[:2]:
+        (height, width), (high, wide) = mask.shape, image.shape[:2]
+        raise ConvertError(f"the mask is {width}x{height} px, the picture {wide}x{high}")
+    return mask
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------
