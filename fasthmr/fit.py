@@ -29,9 +29,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,13 +53,15 @@ from callbacks.progress import RunProgress
 from callbacks.step_numbers import StepNumbers
 from callbacks.summary import Summary
 from callbacks.validated import LastValidation
-from fasthmr.checkpoint_files import read_checkpoint
+from fasthmr.checkpoint_files import CheckpointError, read_checkpoint
 from fasthmr.cli import FitParser, HelpFormatter, UsageError, one_line
 from fasthmr.evaluation_stage import EvaluationStage, finished_table
 from fasthmr.files import write_text
 from fasthmr.lit.checkpoint_io import AtomicCheckpointIO
+from fasthmr.lit.sharding import require_supported
 from fasthmr.losses import NonFiniteLossError
 from fasthmr.processes import Process, environment
+from fasthmr.ranks import from_first_rank
 from fasthmr.recipe import (
     Commands,
     StageResult,
@@ -70,6 +72,9 @@ from fasthmr.recipe import (
 )
 from fasthmr.resume import AUTO, CONFIG_FILE, LAST_CHECKPOINT, checkpoint_to_resume, require_resumable
 from fasthmr.run_lock import locked
+
+#: seconds in which a file that one machine has written must be seen by the others
+_SEEN_S = 120.0
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -91,6 +96,29 @@ class SaveResolvedConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+
+class GoOnFrom(L.Callback):
+    """Has all processes go on from the checkpoint that the first one has chosen, once they can talk to each other.
+
+    If each chose for itself, one that does not see a new file yet would go on from another step.
+
+    Args:
+        checkpoint: the choice, None to start anew; only the first process' counts.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        chosen = None
+        if self.checkpoint is not None:
+            chosen = self.checkpoint, read_checkpoint(self.checkpoint)["global_step"]
+        chosen = from_first_rank(chosen)
+        if chosen is not None:
+            _wait_until_seen(*chosen)
+            # What Lightning does a little later with `fit(ckpt_path=...)`, which each process would have to know.
+            trainer._checkpoint_connector.resume_start(chosen[0])
 
 
 class FitCLI(LightningCLI):
@@ -182,22 +210,25 @@ class FitCLI(LightningCLI):
             UsageError: `run_dir` holds another run or cannot be written, or there is nothing to resume.
         """
         run_dir = Path(self.config.run_dir)
-        ckpt_path = self.config.ckpt_path
-        checkpoint = checkpoint_to_resume(run_dir, AUTO if resume and ckpt_path is None else ckpt_path)
-        if checkpoint is not None:
-            require_resumable(checkpoint, yaml.safe_load(self.resolved))
         _require_writable(run_dir)
-        with locked(run_dir) if Process.this().rank == 0 else nullcontext():
+        if Process.this().rank > 0:
+            return self._run(run_dir, None)  # the first process says from where
+        with locked(run_dir):
+            ckpt_path = self.config.ckpt_path
+            checkpoint = checkpoint_to_resume(run_dir, AUTO if resume and ckpt_path is None else ckpt_path)
+            if checkpoint is not None:
+                require_resumable(checkpoint, yaml.safe_load(self.resolved))
+                _remove_unfinished(run_dir / LAST_CHECKPOINT)
             return self._run(run_dir, checkpoint)
 
     def _run(self, run_dir: Path, checkpoint: Path | None) -> StageResult:
-        if checkpoint is not None:
-            _remove_unfinished(run_dir / LAST_CHECKPOINT)
         super().instantiate_classes()
+        require_supported(self.trainer.strategy)
         if checkpoint is not None:
             _forget_what_came_after(checkpoint, self.trainer)
+        self.trainer.callbacks.append(GoOnFrom(checkpoint))  # type: ignore[attr-defined]
         try:
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+            self.trainer.fit(self.model, datamodule=self.datamodule)
         except SystemExit as left:
             if self.trainer.interrupted:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from left
@@ -240,11 +271,32 @@ def _require_writable(run_dir: Path) -> None:
         raise UsageError(f"cannot write to run_dir {run_dir} ({reason}); choose another with --run_dir") from error
 
 
-@rank_zero_only
 def _remove_unfinished(checkpoint: Path) -> None:
     """Remove what a killed process left of checkpoints that it was writing (see `fasthmr.files.written_whole`)."""
     for file in checkpoint.parent.glob(".*.ckpt.*.tmp"):
         file.unlink(missing_ok=True)
+
+
+def _wait_until_seen(checkpoint: Path, step: int) -> None:
+    """Wait until a checkpoint is, for this process as well, the one of `step`; network folders may take a while.
+
+    Raises:
+        UsageError: it is not in time.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            seen = f"one of step {read_checkpoint(checkpoint).get('global_step')}"
+        except (FileNotFoundError, CheckpointError) as error:
+            seen = str(error)
+        if seen == f"one of step {step}":
+            return
+        if time.monotonic() - began > _SEEN_S:
+            raise UsageError(
+                f"the first process goes on from {checkpoint}, of step {step}, but process {Process.this().rank} sees "
+                f"something else there ({seen}): use a run_dir that all machines share"
+            )
+        time.sleep(1)
 
 
 def _forget_what_came_after(checkpoint: Path, trainer: L.Trainer) -> None:

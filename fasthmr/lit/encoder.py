@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import encoder_header, load_encoder, read_header
@@ -220,8 +221,8 @@ class MergedEncoderModule(L.LightningModule):
             self.ema.update_parameters(self.net)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+        norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
