@@ -162,9 +162,14 @@ class ValidationOrder(Sampler[list[int]]):
 
     def __init__(self, samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         own = list(range(rank, samples, world_size))
+        self.on_all_ranks = samples >= world_size
         self.batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
 
     def __len__(self) -> int:
+        if not self.on_all_ranks:
+            # Lightning leaves validation out on a rank whose loader has length 0, and the others wait for it for ever.
+            # What has no length it begins.
+            raise TypeError("a validation that some ranks have no part in has no length")
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -245,13 +245,15 @@ class PlanErrors:
         return MergedTokens.start(self.hmr.backbone.embed(images), person)
 
     def _add(self, clip: ClipBatch, rotations: Tensor, betas: Tensor) -> None:
-        frames = clip.valid.numel()
-        if self.errors.protocol.average_betas:
-            betas = betas.mean(0, keepdim=True).expand(frames, -1)
-        pose, shape = clip.rotations.flatten(0, 1).to(self.device), clip.betas.expand(frames, -1).to(self.device)
+        betas = self.errors.protocol.clip_betas(betas, clip.valid[0].to(self.device))
+        if clip.genders == ["neutral"]:
+            pose, shape = clip.rotations.flatten(0, 1).to(self.device), clip.betas.expand_as(betas).to(self.device)
+            target = self.body.joints29(pose, shape)[None]
+        else:  # the pose is another body's, whose joints are labels, too
+            target = clip.joints3d[..., :3].to(self.device)
         self.errors.update(
             pred_joints=self.body.joints29(rotations, betas)[None, :, :NUM_JOINTS],
-            target_joints=self.body.joints29(pose, shape)[None, :, :NUM_JOINTS],
+            target_joints=target[:, :, :NUM_JOINTS],
             pred_vertices=None,
             target_vertices=None,
             valid=(clip.valid & clip.has_pose[:, None]).to(self.device),

@@ -163,7 +163,7 @@ class TestResidual:
         torch.testing.assert_close(missing[valid], poses[valid])
 
     def test_detail_is_of_corrections(self):
-        with pytest.raises(ValueError, match="detail must be 0 or more frames, and 0 without residual, got 3.0"):
+        with pytest.raises(ValueError, match=r"detail must be 0 or more frames, and 0 without residual, got 3\.0"):
             DiffusionConfig(detail=3.0)
 
     def test_frames_without_a_person_have_no_rotations(self):

@@ -118,6 +118,19 @@ class TestCalibration:
         expected = float(errors.compute()["mpjpe_mm"])
         assert PlanErrors(encoder, body, frames, precision="32")(plan) == pytest.approx(expected, abs=1e-3)
 
+    def test_the_truth_of_a_gendered_body_is_its_joints(self, encoder, frames):
+        """Our body in another body's pose and shape is not what that looked like."""
+
+        def error(**changes: object) -> float:
+            clip = replace(frames.clips[0], **changes)
+            return PlanErrors(encoder, load_body(), replace(frames, clips=(clip,)))(LayerMergePlan(6))
+
+        crooked = frames.clips[0].joints3d.clone()
+        crooked[..., 15, 0] += 1.0  # the head
+        assert error(joints3d=crooked) == error()
+        assert error(genders=["female"]) == pytest.approx(error(), abs=0.1)  # joints of the same body, moved
+        assert error(genders=["female"], joints3d=crooked) > error() + 10
+
     @pytest.mark.parametrize("cache_gb", [1.0, 2.5 * 24 * 4 * 32 * 192 / 1e9, 0.0], ids=["all", "two layers", "none"])
     def test_cached_features_do_not_change_the_answer(self, encoder, frames, cache_gb):
         body, plan = load_body(), LayerMergePlan(6)

@@ -74,6 +74,9 @@ class Seen(L.LightningModule):
         self.validated += batch.keys
         self._write("validated", "\n".join(batch.keys))
 
+    def on_validation_epoch_end(self) -> None:
+        self.trainer.strategy.reduce(self.weight.detach(), reduce_op="sum")  # here all ranks must meet
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 

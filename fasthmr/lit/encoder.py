@@ -127,7 +127,8 @@ class MergedEncoderModule(L.LightningModule):
         """Add a batch to the metrics; returns the fields of its `HMROutput` for callbacks."""
         output: HMROutput = self(batch)
         clips, frames = batch.valid.shape
-        predicted = self.body(output.rotations, self._clip_betas(output.betas, clips, frames))
+        betas = self.errors.protocol.clip_betas(output.betas.unflatten(0, (clips, frames)), batch.valid)
+        predicted = self.body(output.rotations, betas.flatten(0, 1))
         target = self.body(batch.rotations.flatten(0, 1), batch.betas.repeat_interleave(frames, 0))
         shape = (clips, frames)
         self.errors.update(
@@ -194,12 +195,6 @@ class MergedEncoderModule(L.LightningModule):
         translation = crop_camera_translation(camera, CROP_FOCAL_PX, CROP_PX)
         # focal / crop: image coordinates come out in crop widths
         return project(joints, translation, CROP_FOCAL_PX / CROP_PX, joints.new_zeros(len(joints), 2))
-
-    def _clip_betas(self, betas: Tensor, clips: int, frames: int) -> Tensor:
-        """Average the shape over each clip where the protocol says so (FastHMR, Sec. 4.1)."""
-        if not self.errors.protocol.average_betas:
-            return betas
-        return betas.unflatten(0, (clips, frames)).mean(1).repeat_interleave(frames, 0)
 
     # ---- optimisation ---------------------------------------------------------------------------------------------
 
