@@ -112,6 +112,8 @@ class ClipDataModule(L.LightningDataModule):
         for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not streaming and (max_damaged or not resample):
+            raise ValueError("max_damaged and resample are for streaming: true; at random a damaged clip is an error")
         mixed = isinstance(train, dict)
         if clips_per_epoch is not None and not (mixed or streaming):
             raise ValueError(
@@ -199,6 +201,7 @@ class ClipDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         mixture = self._opened(self._mixture)
         if self.streaming:
+            self._check_resumed_order()
             rank, world_size = self._process()
             clips = self.clips_per_epoch or len(mixture)
             (store,) = mixture.stores.values()

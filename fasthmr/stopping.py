@@ -9,7 +9,10 @@ thread waits for them:
 - Otherwise, e.g. while clips are made or the model is loaded, there is nothing to save that is not saved: it has the
   job requeued and ends the process at once.
 
-A job asks to be requeued with FASTHMR_REQUEUE=1 in its environment. This file imports nothing slow: it comes first.
+A job asks to be requeued with FASTHMR_REQUEUE=1 in its environment, and says with FASTHMR_GRACE_S how long after
+SIGUSR1 SLURM will end it. A step or a validation that takes longer would be its end: SLURM requeues no job whose time
+was up. So it is requeued shortly before, and goes on from its last checkpoint. This file imports nothing slow: it comes
+first.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ EXIT_CODE = 75
 SIGNALS = frozenset({signal.SIGUSR1, signal.SIGTERM})
 #: seconds that other processes leave the first one to have the job requeued
 _PATIENCE_S = 60
+#: seconds before the end of the grace when a job is requeued that has not stopped by then
+_MARGIN_S = 20
 
 _lock = threading.Lock()
 _asked: signal.Signals | None = None
@@ -87,17 +92,36 @@ def _hear() -> None:
             if _asked is None:
                 log.warning("%s: stopping after this step, with a checkpoint", by.name)
                 ask(by)
+                if by is signal.SIGUSR1 and requeue_wanted() and _is_first():
+                    _requeue_in_time()
 
 
 def _leave() -> None:
     if requeue_wanted():
-        if int(os.environ.get("SLURM_PROCID", 0)) == 0:
-            requeue()
-        else:
-            time.sleep(_PATIENCE_S)  # SLURM ends a job step as soon as one of its processes has failed
+        if not _is_first():
+            # SLURM ends a job step as soon as one of its processes has failed; and should the first one be held up, it
+            # is requeued all the same.
+            time.sleep(_PATIENCE_S)
+        requeue()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(EXIT_CODE)
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("SLURM_PROCID", 0)) == 0
+
+
+def _requeue_in_time() -> None:
+    """Have the job requeued before its time is up, should this process still be there by then."""
+
+    def requeue_late() -> None:
+        log.warning("the step has not ended in time: the job goes on from its last checkpoint")
+        requeue()
+
+    timer = threading.Timer(max(0.0, float(os.environ.get("FASTHMR_GRACE_S", 120)) - _MARGIN_S), requeue_late)
+    timer.daemon = True
+    timer.start()
 
 
 def requeue_wanted() -> bool:

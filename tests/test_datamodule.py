@@ -247,6 +247,20 @@ def test_two_ranks_share_the_clips(data: Path, tmp_path: Path) -> None:
     assert validated[1] == ["clip001", "clip003"] * 2
 
 
+def test_a_stream_goes_on_only_as_it_began(data: Path) -> None:
+    began = loader_of(data, streaming=True, seed=1).state_dict()
+    again = loader_of(data, streaming=True, seed=2)
+    again.load_state_dict(began)
+    with pytest.raises(ValueError, match=r"cannot be continued \(seed: 1 -> 2\)"):
+        again.train_dataloader()
+
+
+@pytest.mark.parametrize("setting", [{"max_damaged": 3}, {"resample": False}])
+def test_settings_of_streams_are_refused_at_random(data: Path, setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="max_damaged and resample are for streaming: true"):
+        loader_of(data, **setting)
+
+
 # ---- validation ---------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from fasthmr import stopping
 
 ROOT = Path(__file__).parents[1]
 
-#: says that it listens, then what it was asked; with `held` it has something to save
+#: says that it listens, then what it was asked; with `held` it has something to save, with `slow` its step is long
 PROGRAM = """
 import subprocess, sys, time
 from fasthmr import stopping
@@ -26,6 +26,7 @@ print("listening", child.pid, flush=True)
 while stopping.asked() is None:
     time.sleep(0.01)
 print("asked by", stopping.asked().name, flush=True)
+time.sleep(2 if "slow" in sys.argv else 0)
 child.communicate()
 """
 
@@ -60,6 +61,17 @@ def test_what_has_nothing_to_save_leaves_at_once_and_has_its_job_requeued(tmp_pa
         _, said = program.communicate(timeout=60)
         assert program.returncode == stopping.EXIT_CODE and "SIGUSR1: there is nothing to save yet" in said
         assert (tmp_path / "called").exists() == (asks == "1")
+    assert (tmp_path / "called").read_text() == "show job 17\nrequeue 17\n"
+
+
+def test_a_step_that_outlasts_the_grace_costs_steps_but_not_the_job(tmp_path):
+    fake_scontrol(tmp_path, "RUNNING")
+    job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "FASTHMR_REQUEUE": "1"}
+    for process, grace_s, requeued in (("0", "120", False), ("1", "0", False), ("0", "0", True)):
+        program, _ = start("held", "slow", FASTHMR_GRACE_S=grace_s, SLURM_PROCID=process, **job)
+        os.kill(program.pid, signal.SIGUSR1)
+        program.communicate(timeout=60)
+        assert (tmp_path / "called").exists() == requeued
     assert (tmp_path / "called").read_text() == "show job 17\nrequeue 17\n"
 
 
