@@ -286,8 +286,10 @@ class ClipDataModule(L.LightningDataModule):
         return order
 
     def _check_resumed_order(self) -> None:
-        ours, theirs = self._order(self._opened(self._mixture)), self._resumed_order or {}
-        changed = [f"{k}: {v} -> {ours.get(k)}" for k, v in theirs.items() if ours.get(k) != v]
+        ours = self._order(self._opened(self._mixture))
+        theirs = ours if self._resumed_order is None else self._resumed_order
+        keys = dict.fromkeys((*theirs, *ours))
+        changed = [f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in keys if ours.get(k) != theirs.get(k)]
         if changed:
             raise ValueError(
                 f"the checkpoint's order of training data cannot be continued ({'; '.join(changed)}): resume with "

@@ -83,7 +83,8 @@ def shares_of(names: Mapping[str, object], weights: Mapping[str, float]) -> dict
     for name, weight in weights.items():
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"weights.{name} must be positive, got {weight}: leave a set out that is not to be used")
-    return {name: weights[name] / sum(weights.values()) for name in sorted(names)}
+    whole = math.fsum(weights.values())  # the same in any order
+    return {name: weights[name] / whole for name in sorted(names)}
 
 
 def _require_compatible(one: tuple[str, ClipStore], other: tuple[str, ClipStore]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,8 @@ def test_boxes_that_cannot_be(lab, tmp_path, capsys, stored, change, message):
 def test_a_file_that_holds_no_boxes(lab, tmp_path, capsys):
     np.save(tmp_path / "boxes.npy", np.zeros((4, 4)))
     (tmp_path / "boxes.npz").write_text("no archive")
-    for name in ("boxes.npy", "boxes.npz"):
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive, archive.open(f"{MAN}.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 4)})
+    for name in ("boxes.npy", "boxes.npz", "bomb.npz"):
         assert main(arguments(lab, tmp_path / "out", f"--boxes={tmp_path}/{name}")) == 2
         assert f"{name} is no .npz file of boxes" in capsys.readouterr().err

@@ -188,10 +188,16 @@ def test_a_regressor_is_found_beside_the_body_file_or_one_folder_up(tmp_path):
 def test_a_regressor_that_is_none(tmp_path):
     (tmp_path / "hostile.pkl").write_bytes(pickle.dumps(print))
     (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "archive.npy").write_bytes(b"PK\x03\x04 no archive")
+    header = {"descr": "<f8", "fortran_order": False, "shape": (17, 10**12)}
+    with (tmp_path / "huge.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
     np.save(tmp_path / "nan.npy", np.full((17, 30), np.nan))
     for name, message in (
         ("hostile.pkl", "is no .npy or .pkl"),
         ("text.npy", "is no .npy or .pkl"),
+        ("archive.npy", "is no .npy or .pkl"),
+        ("huge.npy", "is no .npy or .pkl"),
         ("nan.npy", "NaN"),
     ):
         with pytest.raises(ValueError, match=f"{name}.*{message}"):

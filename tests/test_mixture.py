@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -22,6 +23,7 @@ from tiny_training import Seen, make_set, quiet
 
 from datamodules.clips import ClipDataModule
 from datamodules.features import FeatureBatch, FeatureDataModule, LiveWindow
+from datamodules.mixture import shares_of
 from datamodules.order import MixtureOrder, SampleId, dealt_out
 from fasthmr.body import BodyMismatchError, BodyModel
 from fasthmr.data.batch import ClipBatch, collate
@@ -160,6 +162,22 @@ def test_a_resumed_mixture_is_shown_what_an_uninterrupted_one_is(data: Path, tmp
             seen(data, ckpt_path=tmp_path / "step=2.ckpt", **change)
     moved = "data.init_args.train.clips"
     assert matches(moved, MAY_CHANGE) and not matches("data.init_args.weights.clips", MAY_CHANGE)
+
+
+def test_shares_are_the_same_in_any_order_of_the_keys() -> None:
+    weights = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
+    orders = [dict(order) for order in itertools.permutations(weights.items())]
+    assert all(shares_of(order, order) == shares_of(weights, weights) for order in orders)
+
+
+def test_a_single_set_does_not_go_on_as_a_mixture(data: Path) -> None:
+    one = ClipDataModule(data / "clips", data / "clips", workers=0, frames_per_clip=1, batch_size=2, val_frames=3)
+    one.setup("fit")
+    mixed = module(data, train={"only": str(data / "clips")}, weights={"only": 1.0}, clips_per_epoch=4)
+    mixed.setup("fit")
+    mixed.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match=r"cannot be continued .*shares: None -> "):
+        mixed.train_dataloader()
 
 
 def test_a_mixture_of_one_set_is_that_set(data: Path) -> None:

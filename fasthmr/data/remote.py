@@ -382,7 +382,8 @@ def _command(source: str) -> list[str]:
         words = shlex.split(source.removeprefix(_PIPE))
     except ValueError as error:
         raise ShardError(f"{source!r} is no command: {error}") from error
-    if not any(_NAME in word for word in words[1:]):
+    # What a manifest names must not choose the program.
+    if any(_NAME in word for word in words[:1]) or not any(_NAME in word for word in words[1:]):
         raise ShardError(f"{source!r} must be a command with {_NAME} where the name of the file belongs")
     return words
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import zipfile
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from fasthmr.data.convert.reading import read_npz
 from fasthmr.data.crops import CROP_SCALE
 from fasthmr.data.headers import image_shape
 from fasthmr.data.schema import Clip
@@ -47,14 +49,7 @@ class Detections:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                self._corners = {key: np.asarray(arrays[key], np.float64) for key in arrays}
-        # of a file that is neither an array nor an archive, an archive that is damaged, Python objects, a lone array
-        except (ValueError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"boxes {path} is no .npz file of boxes (T, 4), an array for each clip: {error}"
-            ) from error
+        self._read([])
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def place(self, clip: Clip) -> Placed:
@@ -89,12 +84,24 @@ class Detections:
         placed = replace(clip, box_center=inside.astype(np.float32), box_size=(side / CROP_SCALE).astype(np.float32))
         return Placed(placed, ~found, fitted)
 
+    def _read(self, keys: list[str]) -> dict[str, np.ndarray]:
+        """The arrays of these clips, of those that there are; the others are not unpacked."""
+        if not self.path.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        try:
+            return {key: np.asarray(array, np.float64) for key, array in read_npz(self.path, [], keys).items()}
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"boxes {self.path} is no .npz file of boxes (T, 4), an array for each clip: {error}"
+            ) from error
+
     def _of(self, clip: Clip) -> np.ndarray:
         """(T, 4) as they are in the file, checked."""
         where = f"boxes {self.path}"
-        if clip.key not in self._corners:
+        found_of = self._read([clip.key])
+        if clip.key not in found_of:
             raise ValueError(f"{where} has none of clip {clip.key}: an array (T, 4) of that name is wanted")
-        corners = self._corners[clip.key]
+        corners = found_of[clip.key]
         if corners.shape != (len(clip), 4):
             raise ValueError(f"{where}: {clip.key} must have shape ({len(clip)}, 4), got {corners.shape}")
         found = np.isfinite(corners).all(1)

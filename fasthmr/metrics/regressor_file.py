@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -42,9 +43,10 @@ def read_regressor(path: str | Path) -> Tensor:
         if path.suffix == ".pkl":
             array = dense_array(load_pickle(path.read_bytes()))
         else:
-            array = np.load(path, allow_pickle=False)
+            # Mapped, so that a header cannot ask for memory that the file does not fill; and an archive is refused.
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         matrix = torch.from_numpy(array.astype(np.float32))
-    except (ValueError, TypeError, AttributeError, EOFError, UnsafePickleError) as error:
+    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile, OverflowError, UnsafePickleError) as error:
         raise ValueError(f"regressor {path} is no .npy or .pkl file of a matrix: {error}") from error
     if not bool(matrix.isfinite().all()):
         raise ValueError(f"regressor {path} holds NaN or infinity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,13 +31,16 @@ def images_of(content: Mapping[str, Any], where: str) -> list[Image]:
     """Pictures with one annotation each; those without are left out.
 
     Raises:
-        ConvertError: it is not of this layout.
+        ConvertError: it is not of this layout, or a picture has two annotations.
     """
     images, annotations = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise ConvertError(f"{where} must have the lists images and annotations; it has {', '.join(sorted(content))}")
     try:
         labels = {label["image_id"]: label for label in annotations}
+        if len(labels) < len(annotations):
+            twice = Counter(label["image_id"] for label in annotations).most_common(1)[0][0]
+            raise ConvertError(f"{where}: image {twice} has several annotations; of each, one person is labelled")
         found = [(str(i["file_name"]), i, labels[i["id"]]) for i in images if i["id"] in labels]
     except (KeyError, TypeError) as error:
         raise ConvertError(f"{where}: an image or annotation lacks {error}: it is not COCO's layout") from error
