@@ -1,4 +1,4 @@
-"""A run that is killed at ten random moments ends with the bits of one that never was, merges included."""
+"""A run that is killed at random moments, or stopped in the midst of anything, ends with the bits of one that was not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from test_fit import QUICK, START_TINY, TINY_NET, tiny_data
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 KILLS = 10
 
 
-def train(kills: int, folder: Path, shards: Path) -> dict:
+def train(kills: int, folder: Path, shards: Path, signals: Path | None = None) -> dict:
     """36 steps with merges at steps 5 and 17, validations and a checkpoint after every step; the last checkpoint."""
     progressive = {
         "calibration": str(shards), "budget_mm": 1000.0, "at_steps": [5, 17], "frames_per_clip": 2, "max_clips": 2,
@@ -29,6 +30,8 @@ def train(kills: int, folder: Path, shards: Path) -> dict:
         "callbacks.progressive.ProgressiveMerging": progressive,
         "lightning.pytorch.callbacks.ModelCheckpoint": saving,
     }
+    if signals is not None:
+        callbacks = {"helpers.signal_during.SignalDuring": {"folder": str(signals)}, **callbacks}
     listed = [{"class_path": path, "init_args": arguments} for path, arguments in callbacks.items()]
     folder.mkdir()
     (folder / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": listed}}))
@@ -44,12 +47,26 @@ def train(kills: int, folder: Path, shards: Path) -> dict:
         env=environment, capture_output=True, text=True, cwd=folder, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1] == f"kills: {kills}"
+    assert done.stdout.splitlines()[-1] == f"kills: {kills}, stops: {0 if signals is None else 3}"
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
 
 
-def test_ten_kills_change_no_bit(tiny_shards, tmp_path):
-    unbroken, killed = train(0, tmp_path / "unbroken", tiny_shards), train(KILLS, tmp_path / "killed", tiny_shards)
+@pytest.fixture(scope="module")
+def unbroken(tiny_shards, tmp_path_factory) -> dict:
+    return train(0, tmp_path_factory.mktemp("unbroken") / "of", tiny_shards)
+
+
+def test_ten_kills_change_no_bit(unbroken, tiny_shards, tmp_path):
+    require_same(unbroken, train(KILLS, tmp_path / "killed", tiny_shards))
+
+
+def test_a_signal_in_a_merge_a_validation_and_a_checkpoint(unbroken, tiny_shards, tmp_path):
+    signals = tmp_path / "signals"
+    require_same(unbroken, train(0, tmp_path / "stopped", tiny_shards, signals))
+    assert sorted(file.name for file in signals.iterdir()) == ["checkpoint", "merge", "validation"]
+
+
+def require_same(unbroken: dict, killed: dict) -> None:
     assert unbroken["global_step"] == killed["global_step"] == 36
     assert unbroken["state_dict"].keys() == killed["state_dict"].keys()
     assert all(torch.equal(value, killed["state_dict"][name]) for name, value in unbroken["state_dict"].items())

@@ -1,7 +1,8 @@
 """Trains again and again, each time killed at a random moment: `python -m helpers.kill_often KILLS RUN ARGUMENTS...`.
 
 Each training is a fork of this process, so that it need not import everything anew, and goes on from the last
-checkpoint. It is killed between its start and shortly after its third checkpoint. Prints how many kills there were.
+checkpoint. It is killed between its start and shortly after its third checkpoint. At last it may come to its end; when
+a signal stops it, another one goes on. Prints how many kills and stops there were.
 """
 
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from fasthmr import stopping
 from fasthmr.fit import main
 
 
@@ -21,6 +23,7 @@ def train(arguments: list[str]) -> int:
         return child
     sys.argv = ["fit", *arguments]
     code = 1
+    stopping.listen()
     try:
         code = main()
     finally:
@@ -59,11 +62,21 @@ def lives(kills: int, run: Path, arguments: list[str]) -> int:
             return done
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    _, status = os.waitpid(train(arguments), 0)
-    if status:
-        sys.exit(f"the last training failed: {status}")
     return kills
 
 
+def stops(arguments: list[str]) -> int:
+    """Train to the end; how often it was stopped on the way."""
+    for count in range(10):
+        _, status = os.waitpid(train(arguments), 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            return count
+        if code != stopping.EXIT_CODE:
+            sys.exit(f"a training failed: {code}")
+    sys.exit("it was stopped again and again")
+
+
 if __name__ == "__main__":
-    print("kills:", lives(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
+    killed = lives(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    print(f"kills: {killed}, stops: {stops(sys.argv[3:])}")
