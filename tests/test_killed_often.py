@@ -1,4 +1,4 @@
-"""A run that is killed at random moments, or stopped in the midst of anything, ends with the bits of one that was not."""
+"""A run that is killed or stopped in the midst of anything ends with the bits of one that was not, merges included."""
 
 from __future__ import annotations
 
