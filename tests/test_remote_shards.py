@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -607,25 +608,34 @@ http {{
     location /busy/ {{ alias {2}/; limit_req zone=strict; limit_req_status 503; }}
     location /slow/ {{ alias {2}/; limit_rate 200k; }}
     location /down/ {{ return 503; }}
+    location /behind/ {{ proxy_pass {3}/; proxy_buffering off; proxy_read_timeout 1s; }}
   }}
 }}
 """
 
 
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx (apt-get install nginx-light)")
-def test_a_real_nginx(folder: Path, cache: ShardCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lab = tmp_path / "nginx"
+@contextmanager
+def nginx(lab: Path, folder: Path, behind: str) -> Iterator[str]:
+    """Serves the files of `folder` in several ways, and those of another server; its URL."""
     lab.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    (lab / "nginx.conf").write_text(NGINX.format(lab, port, folder))
-    nginx = subprocess.Popen(["nginx", "-e", str(lab / "error.log"), "-c", str(lab / "nginx.conf"), "-p", str(lab)])
+    (lab / "nginx.conf").write_text(NGINX.format(lab, port, folder, behind))
+    server = subprocess.Popen(["nginx", "-e", str(lab / "error.log"), "-c", str(lab / "nginx.conf"), "-p", str(lab)])
     try:
         deadline = time.monotonic() + 20
         while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-            assert nginx.poll() is None and time.monotonic() < deadline, (lab / "error.log").read_text()
+            assert server.poll() is None and time.monotonic() < deadline, (lab / "error.log").read_text()
             time.sleep(0.02)
-        url = f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx (apt-get install nginx-light)")
+def test_a_real_nginx(folder: Path, cache: ShardCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(folder) as behind, nginx(tmp_path / "nginx", folder, behind.url) as url:
         for place in ("", "/slow"):
             assert len(list(ClipStore(f"{url}{place}", ShardCache(f"{cache.folder}{place}")))) == 7
         with pytest.raises(ShardError, match=rf"3 of 3 to fetch {url}/down/manifest.json failed: 503"):
@@ -633,6 +643,8 @@ def test_a_real_nginx(folder: Path, cache: ShardCache, tmp_path: Path, caplog: p
         for number in range(2):  # the second is too soon after the first: 503 until two seconds have passed
             ClipStore(f"{url}/busy", ShardCache(f"{cache.folder}/busy{number}", attempts=12))
         assert "failed: 503 Service Temporarily Unavailable; the next in" in caplog.text
-    finally:
-        nginx.kill()
-        nginx.wait()
+        # What nginx passes on is cut short, then stands still for longer than it waits itself.
+        shard = next(folder.glob("*.tar")).name
+        behind.faults[shard] += [cut, late(1.5)]
+        assert len(list(ClipStore(f"{url}/behind", ShardCache(f"{cache.folder}/behind", attempts=4)))) == 7
+        assert behind.asked.count(shard) == 3
