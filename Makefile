@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 .PHONY: help install fit test test-slurm test-body check bench clean
 
 help:
-	@echo "make fit      set up, film synthetic clips, FastHMR in miniature on them (about 15 minutes on 2 cores)"
+	@echo "make fit      set up, film synthetic clips, FastHMR in miniature on them (about 12 minutes on 2 cores)"
 	@echo "make test     set up and run the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slurm  as root on Debian: install SLURM and shellcheck, run slurm/ on two nodes (2 to 3 minutes)"
 	@echo "make test-body  install Anny (0.5 GB) and check that it still makes the free body, byte by byte"
@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 fit: $(INSTALLED)
-	@echo "[fit] first use films synthetic clips, then trains and compares: about 15 minutes on 2 cores"
+	@echo "[fit] first use films synthetic clips, then trains and compares: about 12 minutes on 2 cores"
 	$(BIN)/python -m fasthmr.fit -c conf/fasthmr.yaml $(ARGS)
 
 test: $(INSTALLED)
