@@ -116,10 +116,13 @@ def decoder_cost(config: DiffusionDecoderConfig, steps: int = 1) -> dict[str, in
 def _counted(build: Callable[[], _Net], run: Callable[[_Net], _Output]) -> tuple[_Net, _Output, dict[str, int]]:
     """A network, what it returns, and the four counts of that."""
     params_thop = macs_thop = 0
+    called: set[nn.Module] = set()
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal params_thop, macs_thop
-        params_thop += sum(p.numel() for p in module.parameters())
+        if module not in called:  # a layer that is called twice has its parameters once
+            called.add(module)
+            params_thop += sum(p.numel() for p in module.parameters())
         if isinstance(module, nn.Linear):
             macs_thop += output.numel() * module.in_features
         elif isinstance(module, nn.MultiheadAttention):  # its four linear maps, which are no modules that are called

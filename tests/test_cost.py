@@ -63,6 +63,7 @@ def test_the_decoder_of_the_papers_table_12():
     assert denoising / (5 * 271 * 8 * 512**2) == pytest.approx(1.15, abs=0.01)
     attention = 2 * 271 * 271 * 512 * 5
     assert twice["macs_all"] - once["macs_all"] - denoising == pytest.approx(attention, rel=0.05)
+    assert twice["params_thop"] == once["params_thop"] <= once["params"]  # however often a layer is called
 
 
 def test_camerahmrs_head_costs_its_token_and_its_keypoints_more():
