@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from fasthmr import checkpoint_files
-from fasthmr.benchmark import write_both_formats
 from fasthmr.checkpoint_files import CheckpointError
 from fasthmr.foreign import load_backbone, load_foreign_human_fov, load_hmr, read_foreign, what_is
 from fasthmr.merging import LayerMergePlan
 from fasthmr.models.adapters import foreign_names, hmr_config, hmr_state_dict, human_fov_state_dict, recognised
 from fasthmr.models.hmr import HMR, HMRConfig
 from fasthmr.models.human_fov import HumanFoV
+from fasthmr.speed.loading import write_both_formats
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {"hmr2": FIXTURES / "hmr2_small.ckpt", "camerahmr": FIXTURES / "camerahmr_small.ckpt"}
@@ -152,7 +152,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from fasthmr import checkpoint_files
-from fasthmr.benchmark import peak_memory
+from fasthmr.speed.memory import peak_memory
 from fasthmr.checkpoint import load_encoder
 from fasthmr.foreign import load_hmr
 

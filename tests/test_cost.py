@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fasthmr import benchmark, cost
+from fasthmr import benchmark, cost, speed
 from fasthmr.body import load_body
 from fasthmr.checkpoint import save_encoder
 from fasthmr.cost import decoder_cost, encoder_cost, fov_cost, frames_per_second, interleaved_seconds, merging_share
@@ -16,6 +16,7 @@ from fasthmr.models.denoiser import DenoiserConfig
 from fasthmr.models.diffusion_decoder import DiffusionDecoderConfig
 from fasthmr.models.hmr import HMR, HMRConfig
 from fasthmr.models.motion_vae import MotionVAEConfig
+from fasthmr.report import short_names
 
 FULL = HMRConfig.hmr2()
 CAMERAHMR = HMRConfig.camerahmr()
@@ -122,7 +123,7 @@ class TestBenchmarkOfEncoders:
             hmr = HMR(replace(SMALL, token_merging=tokens)).eval()
             save_encoder(tmp_path / folder / "best.ckpt", hmr, load_body().id)
         shared = {"a/best": 1000.0, "b/best": 2000.0}
-        monkeypatch.setattr(benchmark, "frames_per_second", lambda encoders, *_, **__: {n: shared[n] for n in encoders})
+        monkeypatch.setattr(speed.encoders, "frames_per_second", lambda named, *_, **__: {n: shared[n] for n in named})
         paths = [str(tmp_path / folder / "best.ckpt") for folder in "ab"]
         assert benchmark.main(["encoder", *paths, "--batch", "1", "4", "--rounds", "1"]) == 0
         printed = capsys.readouterr().out
@@ -144,7 +145,7 @@ class TestBenchmarkOfEncoders:
         ],
     )
     def test_short_names(self, paths, names):
-        assert benchmark.short_names(paths) == names
+        assert short_names(paths) == names
 
     @pytest.mark.parametrize("flag", ["--batch", "--rounds"])
     def test_mistakes_end_in_one_line(self, capsys, flag):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fasthmr import benchmark
-from fasthmr.decoder_speed import decoder_of, sampling_calls, training_call
+from fasthmr.speed.decoder import decoder_of, sampling_calls, training_call
 
 CPU = torch.device("cpu")
 

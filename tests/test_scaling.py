@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from fasthmr import benchmark
-from fasthmr.scaling import Assumptions, Measured, job_of, measure_reading, needs, ring_bytes
+from fasthmr.speed.needs import Assumptions, needs, ring_bytes
+from fasthmr.speed.scaling import Measured, job_of, measure_reading
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "conf/encoder_tiny.yaml"

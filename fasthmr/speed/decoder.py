@@ -6,7 +6,6 @@ import functools
 import multiprocessing
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -14,12 +13,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fasthmr.body import decode_pose, encode_pose, load_body
-from fasthmr.checkpoint import load_decoder
+from fasthmr.checkpoint import load_decoder, load_encoder
 from fasthmr.cost import encoder_call, interleaved_seconds, timed
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.hmr import HMR
 from fasthmr.models.motion_prior import MotionPrior
+from fasthmr.speed.encoders import SIZES, three_versions
+from fasthmr.speed.memory import peak_memory
 
 #: KL weight of the prior's training; its value costs no time
 _KL_WEIGHT = 1e-4
@@ -34,7 +35,15 @@ def decoder_of(size: str) -> DiffusionDecoder:
     return load_decoder("shipped:decoder_tiny")[0]
 
 
-def print_speed(size: str, encoder: HMR, windows: list[int], training_windows: int, rounds: int) -> None:
+def encoder_of(size: str) -> HMR:
+    """What belongs to it: 28 layers and Mask-ToMe at HMR2.0's size with random weights; or the shipped one."""
+    if size == "paper":
+        *_, fewest = three_versions(SIZES["hmr2"], merged=4).values()
+        return fewest
+    return load_encoder("shipped:encoder_tiny")
+
+
+def print_decoder(size: str, windows: list[int], training_windows: int, rounds: int) -> None:
     """Print what a decoder takes beside its encoder, and how fast it and its prior train.
 
     All of sampling is measured in turn, in float32 as the pipeline does it; the encoder in bfloat16. Training is
@@ -43,7 +52,6 @@ def print_speed(size: str, encoder: HMR, windows: list[int], training_windows: i
 
     Args:
         size: `paper` or `tiny`.
-        encoder: on the device to measure on.
         windows: batch sizes, windows at a time.
         training_windows: windows of a training step.
         rounds: measurements of each.
@@ -54,7 +62,8 @@ def print_speed(size: str, encoder: HMR, windows: list[int], training_windows: i
     for name, values in (("--windows", windows), ("--training_windows", [training_windows]), ("--rounds", [rounds])):
         if min(values) < 1:
             raise ValueError(f"{name} must be 1 or more, got {min(values)}")
-    device = encoder.smpl_head.init_cam.device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = encoder_of(size).to(device)
     where = f"{device.type}, {torch.get_num_threads()} threads, medians of {rounds}"
     frames = decoder_of(size).window
     calls, of_frames = {"encoder": encoder_call(encoder, _ENCODER_BATCH)}, {"encoder": _ENCODER_BATCH}
@@ -138,13 +147,6 @@ def _measured_training(kind: str, size: str, windows: int, rounds: int, device: 
         times.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
     return sorted(times)[len(times) // 2], memory
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process has had at most, mapped files included (Linux)."""
-    # Not `resource.getrusage`: what it says of a new process starts with its parent's.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def _someone_moving(windows: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def metrics_frames_per_second(frames: int = 256, rounds: int = 5) -> dict[str, f
     return {name: frames / seconds for name, seconds in interleaved_seconds(calls, rounds).items()}
 
 
-def print_metrics_speed(frames: int, rounds: int) -> None:
+def print_metrics(frames: int, rounds: int) -> None:
     """Print them as measured on one core.
 
     Raises:
