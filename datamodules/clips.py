@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +20,10 @@ from datamodules.samples import TrainSamples, TrainSampling, ValidationSamples
 from datamodules.stream import StreamLoader
 from fasthmr.body import BodyModel, load_body, require_same_body
 from fasthmr.data.batch import ClipSample, collate
+from fasthmr.data.index import MANIFEST
 from fasthmr.data.remote import ShardCache, is_remote
 from fasthmr.data.schema import ClipError
-from fasthmr.data.shards import ClipStore, ShardError, ensure_shards
+from fasthmr.data.shards import ClipStore, ShardError, ensure_shards, require_writable
 from fasthmr.data.store import fetch_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.data.transforms import CROP_SCALE, Augmentation
@@ -37,7 +39,8 @@ class ClipDataModule(L.LightningDataModule):
     Training reads clips at random through the shards' index by default: which clip, frames and augmentation make up
     batch n is a function of (seed, n, rank) alone, so a run resumed from any checkpoint, also one from the middle of an
     epoch, sees exactly what it would have seen. With `streaming` shards are read in sequence, for sets that are too
-    large or too far away to be read at random: reproducible, but a resumed run draws anew (`datamodules.stream`).
+    large or too far away to be read at random; batch n then also depends on the number of workers, and a resumed run
+    sees what it would have seen as well (`datamodules.stream`).
 
     Several sets can be trained on as one, each with its share of the samples (docs/mixtures.md).
 
@@ -64,10 +67,11 @@ class ClipDataModule(L.LightningDataModule):
         streaming: read training shards in sequence; not for mixtures.
         clips_per_epoch: clips of an epoch over all ranks, of a mixture or when streaming, which have no end of their
             own; null: as many as all sets have.
-        shuffle_buffer: clips each worker holds back for shuffling when streaming.
+        shuffle_buffer: when streaming, clips that each worker reads ahead and shuffles together.
         resample: when streaming, each worker draws shards with replacement; off: in each pass they are dealt out to the
             workers of all ranks, and there must be one for each.
-        max_damaged: when streaming, damaged clips that a rank may skip in an epoch; one more is an error.
+        max_damaged: when streaming, damaged clips that a rank may skip in an epoch; one more is an error. The clip
+            after it is shown in its place. A run that goes on in the midst of an epoch counts from there.
         shard_cache: where shards are kept that `train` or `val` name by URL or by a command (docs/shards.md).
         weights: of the sets of a mixture, by name; their shares of the samples are proportional.
     """
@@ -154,7 +158,8 @@ class ClipDataModule(L.LightningDataModule):
 
         Raises:
             BodyMismatchError: the model that is to be trained has another body.
-            ShardError: a folder holds something else than what is to be made there, or a remote set cannot be fetched.
+            ShardError: a folder cannot be written, or holds something else than what is to be made there; or a remote
+                set cannot be fetched.
             OSError, ValueError: motion or backgrounds cannot be read; nothing has been made by then.
         """
         self._require_body_of_model()
@@ -166,12 +171,14 @@ class ClipDataModule(L.LightningDataModule):
             )
             if config is not None
         ]
+        for _, key, directory, _ in to_make:  # all of them before hours are spent on the first
+            if not (Path(directory) / MANIFEST).exists():
+                with _chosen_by(key):
+                    require_writable(Path(directory))
         for role, key, directory, source in to_make:
             log.info("%s set: %d clips in %s (made now as far as they are missing)", role, len(source), directory)
-            try:
+            with _chosen_by(key):
                 ensure_shards(source, directory, workers=max(1, self.workers))
-            except ShardError as error:
-                raise ShardError(f"{error} (--data_dir, or data.init_args.{key}, says which)") from error
         train = [self._store(place, self.streaming) for place in self.train_dirs.values() if is_remote(place)]
         fetch_shards([*train, *([self._store(self.val_dir)] if is_remote(self.val_dir) else [])])
 
@@ -203,14 +210,14 @@ class ClipDataModule(L.LightningDataModule):
         if self.streaming:
             self._check_resumed_order()
             rank, world_size = self._process()
-            clips = self.clips_per_epoch or len(mixture)
+            batches = (self.clips_per_epoch or len(mixture)) // (self.batch_size * world_size)
             (store,) = mixture.stores.values()
             return StreamLoader(
                 store,
                 self.sampling,
                 self.batch_size,
-                batches=clips // (self.batch_size * world_size),
-                buffer=self.shuffle_buffer,
+                batches,
+                window=self.shuffle_buffer,
                 seed=self.seed,
                 batches_done=self._batches_done,
                 rank=rank,
@@ -218,6 +225,7 @@ class ClipDataModule(L.LightningDataModule):
                 workers=self.workers,
                 resample=self.resample,
                 max_damaged=self.max_damaged,
+                epoch_length=self._epoch_length(batches),
                 pin_memory=torch.cuda.is_available(),
             )
         return ResumableLoader(
@@ -262,6 +270,12 @@ class ClipDataModule(L.LightningDataModule):
             "batch_size": self.batch_size,
             "ranks": self._process()[1],
         }
+        if self.streaming:
+            order |= {
+                "workers": max(1, self.workers),  # one stream each
+                "shuffle_buffer": self.shuffle_buffer,
+                "resample": self.resample,
+            }
         if self.weights is not None:
             order |= {"shares": mixture.shares, "clips_per_epoch": self.clips_per_epoch}
         return order
@@ -349,6 +363,15 @@ class ClipDataModule(L.LightningDataModule):
 
 def _place(place: str | Path) -> str | Path:
     return place if is_remote(place) else Path(place)
+
+
+@contextmanager
+def _chosen_by(key: str) -> Iterator[None]:
+    """Says of trouble with a folder where it was chosen."""
+    try:
+        yield
+    except ShardError as error:
+        raise ShardError(f"{error} (--data_dir, or data.init_args.{key}, says which)") from error
 
 
 class _Located(Dataset[ClipSample]):

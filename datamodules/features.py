@@ -22,6 +22,7 @@ from fasthmr.body import load_body, require_same_body
 from fasthmr.checkpoint import load_encoder, read_header
 from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
 from fasthmr.data.batch import ClipBatch
+from fasthmr.data.remote import ShardCache
 from fasthmr.data.shards import ClipStore
 from fasthmr.data.synth.source import SynthConfig
 from fasthmr.data.transforms import CROP_SCALE
@@ -187,8 +188,9 @@ class FeatureDataModule(ClipDataModule):
     same training, on the CPU bit for bit.
 
     Args:
-        train: directory of the training shards; or several by the names of their sets, a mixture (docs/mixtures.md).
-        val: directory of the validation shards.
+        train: directory, URL or command of the training shards; or several by the names of their sets, a mixture
+            (docs/mixtures.md).
+        val: the same of the validation shards.
         encoder: checkpoint of the encoder.
         folder: where caches are.
         cache: compute features once, or live.
@@ -205,6 +207,7 @@ class FeatureDataModule(ClipDataModule):
         workers: loader processes per rank and loader, and processes that make shards.
         seed: of order and windows.
         weights, clips_per_epoch: of a mixture, as of `ClipDataModule`; a sample is a window.
+        shard_cache: where shards are kept that `train` or `val` name by URL or by a command (docs/shards.md).
     """
 
     def __init__(
@@ -227,10 +230,12 @@ class FeatureDataModule(ClipDataModule):
         seed: int = 0,
         weights: dict[str, float] | None = None,
         clips_per_epoch: int | None = None,
+        shard_cache: ShardCache = ShardCache(),  # noqa: B008  (frozen, so sharing it is safe)
     ) -> None:
         super().__init__(
             train, val, body, make_train, make_val, batch_size, frames_per_clip=1, val_batch_size=val_batch_size,
             workers=workers, seed=seed, crop_scale=crop_scale, weights=weights, clips_per_epoch=clips_per_epoch,
+            shard_cache=shard_cache,
         )  # fmt: skip
         if window < 3:
             raise ValueError(f"window must be at least 3, or there is no acceleration, got {window}")

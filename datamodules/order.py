@@ -67,9 +67,7 @@ class TrainOrder(Sampler[list[SampleId]]):
         return self.batches_per_pass
 
     def __iter__(self) -> Iterator[list[SampleId]]:
-        start = self.batches_done()
-        for number in range(start, start + self.epoch_length - start % self.epoch_length):
-            yield self.batch(number)
+        return map(self.batch, rest_of_epoch(self.batches_done(), self.epoch_length))
 
     def batch(self, number: int) -> list[SampleId]:
         """The samples of this rank's batch `number`, counted from the beginning of the run."""
@@ -144,6 +142,11 @@ class MixtureOrder(TrainOrder):
         return drawn
 
 
+def rest_of_epoch(batches_done: int, epoch_length: int) -> range:
+    """Numbers of the batches from the next one of the run to the end of its epoch."""
+    return range(batches_done, batches_done + epoch_length - batches_done % epoch_length)
+
+
 def dealt_out(total: int, shares: Mapping[str, float]) -> dict[str, int]:
     """Whole numbers as near as possible to shares of a total, to which they add up (the largest remainders win)."""
     counts = {name: math.floor(share * total) for name, share in shares.items()}
@@ -176,27 +179,40 @@ class ValidationOrder(Sampler[list[int]]):
         return iter(self.batches)
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A loader over a `TrainOrder`; having a state tells Lightning that it continues in the middle of an epoch.
+class Resumes:
+    """Of a loader: having a state tells Lightning that it continues in the middle of an epoch.
 
     Lightning stores the state in checkpoints. It is only compared on loading, because the position itself comes from
     the trainer's counters.
+
+    Attributes:
+        batches_done: how many batches the trainer has finished since the run began.
     """
 
-    batch_sampler: TrainOrder
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator starts when the first batch is asked for. Lightning makes the iterator earlier, before it restores
-        # its counters, if a schedule asks for `estimated_stepping_batches`: loader workers would start at batch 0.
-        yield from super().__iter__()
+    batches_done: Callable[[], int]
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches_done": self.batch_sampler.batches_done()}
+        return {"batches_done": self.batches_done()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        done = self.batch_sampler.batches_done()
+        done = self.batches_done()
         if state["batches_done"] != done:
             raise RuntimeError(
                 f"the checkpoint was written after {state['batches_done']} training batches, but the trainer resumes "
                 f"after {done}; the order of the data cannot be continued exactly"
             )
+
+
+class ResumableLoader(Resumes, DataLoader[Any]):
+    """A loader over a `TrainOrder`, which continues in the middle of an epoch."""
+
+    batch_sampler: TrainOrder
+
+    @property
+    def batches_done(self) -> Callable[[], int]:  # type: ignore[override]  # the order's
+        return self.batch_sampler.batches_done
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator starts when the first batch is asked for. Lightning makes the iterator earlier, before it restores
+        # its counters, if a schedule asks for `estimated_stepping_batches`: loader workers would start at batch 0.
+        yield from super().__iter__()

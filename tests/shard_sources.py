@@ -1,4 +1,4 @@
-"""Sources of drawn clips for the tests of shards; as a script, a writer that can be killed.
+"""Sources of drawn clips for the tests of shards, and damage to them; as a script, a writer that can be killed.
 
 python tests/shard_sources.py DIR [--workers N] [--delay SECONDS]
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from tiny_clips import drawn_clip
 
+from fasthmr.data.index import ShardIndex
 from fasthmr.data.schema import Clip
 from fasthmr.data.shards import write_shards
 
@@ -63,6 +64,15 @@ class FailingSource(DrawnSource):
                 case "other body":
                     return drawn_clip("stranger", self.frames, body="giant@7")
         return super().make(index)
+
+
+def damage(folder: Path, tar: str, *numbers: int) -> None:
+    """Overwrite the labels of clips in a shard with zeros."""
+    content = bytearray((folder / tar).read_bytes())
+    for sample in (ShardIndex.read(folder / tar).samples[n] for n in numbers):
+        at, size = sample.files["labels.npz"]
+        content[at : at + size] = bytes(size)
+    (folder / tar).write_bytes(content)
 
 
 def main() -> None:

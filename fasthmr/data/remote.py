@@ -22,13 +22,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import http.client
+import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -62,6 +65,10 @@ STREAMS = 8
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 64.0
 #: answers of a server that may be others later: time-out, too early, too many requests; and all from 500 on
 _PASSING = {408, 425, 429}
+#: in the cache, of all sets
+_SHARDS, _UNFINISHED = "*/*.tar", "*/.*.tar.[0-9]*.tmp"
+#: bytes a second that must come at least, or a server that trickles would be waited for for days
+_SLOWEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,16 @@ class ShardCache:
 
     Attributes:
         folder: on a disk of the node; shared by its processes, also those of other runs. `~` and `$NAME` are expanded.
+            null: the one that the environment names as FASTHMR_SHARD_CACHE, or else ~/.cache/fasthmr/shards.
         gigabytes: of shards at most, 1e9 bytes each; the ones that were not used for longest make room for others.
         attempts: to fetch a file, with pauses of 1, 2, 4, ... 64 s between them.
-        timeout_s: seconds without a byte after which an attempt has failed.
+        timeout_s: seconds after which an attempt has failed if no byte came in them, or fewer than 10 kB for each.
 
     Raises:
         ValueError: a number is not positive.
     """
 
-    folder: str = "~/.cache/fasthmr/shards"
+    folder: str | None = None
     gigabytes: float = 100.0
     attempts: int = 10
     timeout_s: float = 60.0
@@ -95,9 +103,10 @@ class ShardCache:
         Raises:
             ShardError: it names a variable that is not set.
         """
-        expanded = os.path.expandvars(self.folder)
+        folder = self.folder or os.environ.get("FASTHMR_SHARD_CACHE") or "~/.cache/fasthmr/shards"
+        expanded = os.path.expandvars(folder)
         if "$" in expanded:
-            raise ShardError(f"shard_cache.folder is {self.folder!r}, which names a variable that is not set here")
+            raise ShardError(f"shard_cache.folder is {folder!r}, which names a variable that is not set here")
         return Path(expanded).expanduser()
 
     @property
@@ -135,19 +144,30 @@ class RemoteSet:
                 list(pool.map(self._fetch_index, self._checksums))
             if not (self.folder / MANIFEST).exists():
                 write_text(self.folder / MANIFEST, manifest)
+            os.utime(self.folder / MANIFEST)  # a disk that cannot be written shows now, not in the midst of training
 
-    def require_room(self, size: int) -> None:
-        """Refuse what could never be in the cache at once.
+    def require_room(self, size: int, in_sequence: bool = False) -> None:
+        """Refuse what could never be in the cache at once, or for what its disk has no room.
 
         Args:
-            size: of all shards that are to be read at random, in bytes.
+            size: of all shards that are to be read, in bytes.
+            in_sequence: they may take turns in the cache.
 
         Raises:
-            ShardError: the cache is smaller.
+            ShardError: the cache is smaller, or would be.
         """
-        if size > self.cache.bytes:
+        root = self.cache.root
+        files = itertools.chain(root.glob(_UNFINISHED), root.glob(_SHARDS))
+        room = sum(state.st_size for _, state in _sizes(files)) + shutil.disk_usage(root).free
+        if min(size, self.cache.bytes) > room:
             raise ShardError(
-                f"{size / 1e9:.3g} GB of shards are to be read at random, and the cache {self.cache.root} may hold "
+                f"{size / 1e9:.3g} GB of shards are to be read, and the cache {root} may hold "
+                f"{self.cache.gigabytes:g} GB, but with the free space on its disk it comes to {room / 1e9:.3g} GB: "
+                "free some space, choose another with shard_cache.folder, or lower shard_cache.gigabytes"
+            )
+        if size > self.cache.bytes and not in_sequence:
+            raise ShardError(
+                f"{size / 1e9:.3g} GB of shards are to be read at random, and the cache {root} may hold "
                 f"{self.cache.gigabytes:g} GB: raise shard_cache.gigabytes, or read in sequence (streaming: true)"
             )
 
@@ -157,16 +177,16 @@ class RemoteSet:
         Whoever has a shard open may go on reading it when others make room.
 
         Raises:
-            ShardError: it cannot be fetched.
+            ShardError: it cannot be fetched, or the cache cannot be written.
         """
-        while True:
-            try:
-                file = os.open(self.folder / name, os.O_RDONLY)
-            except FileNotFoundError:
-                self.fetch(name, size)
-            else:
-                os.utime(file)  # used now: what was not for longest makes room
-                return file
+        path = self.folder / name
+        with self._writing():
+            while True:
+                try:
+                    os.utime(path)  # used now: what was not for longest makes room
+                    return os.open(path, os.O_RDONLY)
+                except FileNotFoundError:
+                    self.fetch(name, size)
 
     def fetch(self, name: str, size: int, attempts: int | None = None) -> None:
         """Fetch a shard of `size` bytes, or wait for the process that does.
@@ -259,12 +279,18 @@ class RemoteSet:
             blocks = _body(_url(self.source, name), self._where(name), self.cache.timeout_s)
         else:
             blocks = _output([word.replace(_NAME, name) for word in self._command], self.cache.timeout_s)
-        received = 0
+        received, before, began = 0, 0, math.inf
         for block in blocks:
+            began = min(began, time.monotonic())  # a server may think about it first
             received += len(block)
             if received > limit:
                 raise ShardError(f"{self._where(name)} is longer than {limit} bytes, which is refused")
             yield block
+            took_s = time.monotonic() - began
+            if took_s > self.cache.timeout_s:
+                came, before, began = received - before, received, time.monotonic()
+                if came < _SLOWEST * took_s:
+                    raise _FailedError(f"only {came} bytes in {took_s:.1f} s (after {received - came} bytes)")
 
     def _where(self, name: str) -> str:
         """A file in messages: without the URL's query, which may be a signature."""
@@ -274,10 +300,10 @@ class RemoteSet:
         """Make room for a shard, and give its unfinished file all of its size at once: others reckon with it."""
         root = self.cache.root
         with _locked(root / ".lock"):
-            for unfinished in root.glob("*/.*.tar.[0-9]*.tmp"):
+            for unfinished in root.glob(_UNFINISHED):
                 _remove_if_left(unfinished)
-            held = _sizes(root.glob("*/.*.tar.[0-9]*.tmp"))  # first: one that is finished meanwhile is counted twice
-            shards = sorted(_sizes(root.glob("*/*.tar")), key=lambda shard: shard[1].st_mtime)
+            held = _sizes(root.glob(_UNFINISHED))  # first: one that is finished meanwhile is counted twice
+            shards = sorted(_sizes(root.glob(_SHARDS)), key=lambda shard: shard[1].st_mtime)
             excess = size + sum(state.st_size for _, state in held + shards) - self.cache.bytes
             for path, state in shards:
                 if excess > 0:

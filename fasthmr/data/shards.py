@@ -48,6 +48,7 @@ __all__ = [
     "Manifest",
     "ShardError",
     "ensure_shards",
+    "require_writable",
     "verify_shards",
     "write_part",
     "write_shards",
@@ -57,6 +58,8 @@ log = logging.getLogger(__name__)
 
 JOB = "job.json"
 LOCK = ".lock"
+#: a file that is only tried
+_PROBE = ".probe"
 #: how long to wait for another process that makes the same set, and between two looks at it; seconds
 WAIT_S, _LOOK_S = 12 * 3600.0, 0.5
 
@@ -99,6 +102,20 @@ def ensure_shards(source: ClipSource, folder: str | Path, clips_per_shard: int =
     made = write_part(source, folder, 1, 1, clips_per_shard, workers, wait_s=WAIT_S)
     assert made is not None  # there is no other part to wait for
     return made
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that shards cannot be written into, before time is spent on making any.
+
+    Raises:
+        ShardError: the folder cannot be made or written, or its disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _PROBE, "0" * 8192)
+        (folder / _PROBE).unlink(missing_ok=True)  # other parts of a set try, too
+    except OSError as error:
+        raise ShardError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
 
 
 def write_shards(
@@ -349,11 +366,8 @@ def _through_json(described: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _exclusive(folder: Path, wait_s: float = 0.0, shared: bool = False) -> Iterator[None]:
     """Hold the folder's lock, with others if `shared`; the system frees it when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    except OSError as error:
-        raise ShardError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
+    require_writable(folder)
+    lock = (folder / LOCK).open("w")
     began = time.monotonic()
     told = False
     with lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from fasthmr.body import require_same_body
 from fasthmr.data.codec import decode_sample
-from fasthmr.data.index import IndexedSample, Manifest, ShardError, ShardIndex
+from fasthmr.data.index import IndexedSample, Manifest, Samples, ShardError, ShardIndex
 from fasthmr.data.remote import STREAMS, RemoteSet, ShardCache, is_remote
 from fasthmr.data.schema import Clip, ClipError
 
@@ -46,9 +47,9 @@ class ClipStore:
         self.manifest = Manifest.read(self.folder)
         self.shards = [self.folder / name for name in sorted(self.manifest.shards)]
         self.sizes: list[int] = []  # of each shard, in bytes
-        self._samples: list[tuple[int, IndexedSample]] = []
-        self._firsts: list[int] = []  # of each shard, the number of its first sample
-        for number, tar in enumerate(self.shards):
+        self._samples = Samples()
+        self._firsts = [0]  # of each shard, the number of its first sample; and how many there are
+        for tar in self.shards:
             if self.remote is None and not tar.is_file():
                 raise ShardError(f"shard {tar} is missing: the manifest lists it; make the set again to restore it")
             index = ShardIndex.read(tar)
@@ -58,10 +59,11 @@ class ClipStore:
                     "make the set again to restore it"
                 )
             self.sizes.append(index.bytes)
+            for sample in index.samples:
+                self._samples.append(sample)
             self._firsts.append(len(self._samples))
-            self._samples += [(number, sample) for sample in index.samples]
-        if self.remote is not None and not in_sequence:
-            self.remote.require_room(sum(self.sizes))
+        if self.remote is not None:
+            self.remote.require_room(sum(self.sizes), in_sequence)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -76,18 +78,31 @@ class ClipStore:
             ClipError: naming the shard, the clip and what is wrong with it.
             ShardError: the shard cannot be fetched.
         """
-        number, sample = self._samples[index]
+        index = range(len(self))[index]  # also of those that are counted from the end
         try:
-            with self._opened(number) as file:
-                return decode_sample(_read(file, sample))
+            return decode_sample(self.members(index))
         except ClipError as error:
-            raise ClipError(f"{self.shards[number]}: {error}") from error
+            raise ClipError(f"{self.shard_of(index)}: {error}") from error
 
-    def read_shard(self, number: int, ahead: int | None = None) -> Iterator[dict[str, str | bytes]]:
+    def members(self, index: int) -> dict[str, str | bytes]:
+        """Clip `index` as it is stored, for `decode_sample`.
+
+        Raises:
+            ShardError: the shard cannot be fetched.
+        """
+        with self._opened(self._shard_of(index)) as file:
+            return _read(file, self._samples[index])
+
+    def clips_of(self, shard: int) -> range:
+        """The numbers of the clips in shard `shard`."""
+        return range(self._firsts[shard], self._firsts[shard + 1])
+
+    def read_shard(self, number: int, skip: int = 0, ahead: int | None = None) -> Iterator[dict[str, str | bytes]]:
         """The clips of shard `number` from front to back, as members for `decode_sample`.
 
         Args:
             number: of the shard.
+            skip: clips at its front that are not read.
             ahead: a shard that will be read next; it is fetched meanwhile, if it is elsewhere.
 
         Raises:
@@ -96,17 +111,16 @@ class ClipStore:
         with self._opened(number) as file:
             if self.remote is not None and ahead is not None:
                 self.remote.fetch_ahead(self.shards[ahead].name, self.sizes[ahead])
-            after = self._firsts[number + 1] if number + 1 < len(self.shards) else len(self)
-            for _, sample in self._samples[self._firsts[number] : after]:
-                yield _read(file, sample)
+            for index in self.clips_of(number)[skip:]:
+                yield _read(file, self._samples[index])
 
     def lengths(self) -> Iterator[tuple[str, int]]:
         """(key, frames) of every clip, from the indices."""
-        return ((sample.key, sample.frames) for _, sample in self._samples)
+        return self._samples.lengths()
 
     def shard_of(self, index: int) -> Path:
         """The shard that holds clip `index`."""
-        return self.shards[self._samples[index][0]]
+        return self.shards[self._shard_of(index)]
 
     def require_body(self, body_id: str) -> None:
         """Refuse labels of another body.
@@ -115,6 +129,9 @@ class ClipStore:
             BodyMismatchError: naming both bodies.
         """
         require_same_body(body_id, self.manifest.body, where=str(self.folder))
+
+    def _shard_of(self, index: int) -> int:
+        return bisect_right(self._firsts, index) - 1
 
     @contextmanager
     def _opened(self, number: int) -> Iterator[int]:

@@ -119,6 +119,18 @@ def late(seconds: float) -> Fault:
     return answer
 
 
+def trickling(seconds: float) -> Fault:
+    """Sends a byte now and then."""
+
+    def answer(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        _begin(handler, len(content))
+        for byte in content:
+            handler.wfile.write(bytes([byte]))
+            time.sleep(seconds)
+
+    return answer
+
+
 def instead(other: bytes) -> Fault:
     """Sends something else."""
     return lambda handler, content: fine(handler, other)
