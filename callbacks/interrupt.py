@@ -35,22 +35,10 @@ class SaveOnInterrupt(L.Callback):
         checkpoint: where to save.
     """
 
-    #: under which a checkpoint has its state, among its `callbacks`
-    STATE_KEY = "SaveOnInterrupt"
-
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self._stopping = False
         self._before: Any = None
         self._group: Any = None
-
-    @property
-    def state_key(self) -> str:
-        return self.STATE_KEY
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the run ended with this checkpoint: then nothing of a later step was logged."""
-        return {"stopped": self._stopping}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stopping.hold(True)
@@ -79,9 +67,8 @@ class SaveOnInterrupt(L.Callback):
         by = self._agreed()
         if by is None:
             return
-        self._stopping = True
         trainer.save_checkpoint(self.checkpoint)
-        # What Lightning does next; the numbers of this step would be missing from the curves.
+        # What Lightning does next: if the run never goes on, its curves have this step all the same.
         trainer._logger_connector.on_batch_end()
         trainer._logger_connector.update_train_step_metrics()
         if by == signal.SIGINT:

@@ -203,6 +203,9 @@ class ProgressiveMerging(L.Callback):
         if self.reference_mm is None:
             self.reference_mm = self._error(trainer, self._errors(pl_module))(LayerMergePlan(layers))
         told = f"{layers} layers, reference error {self.reference_mm:.2f} mm, used {self._used()}"
+        if self._saved_settings is not None:
+            log.info("step %d: %s", trainer.global_step, told)  # a run that goes on: the curves have it
+            return
         self._show(trainer, told, {"layers": layers, "budget_used_mm": self.used_mm})
         self._show_plan(trainer, pl_module.net.merge_plan)
 

@@ -32,6 +32,7 @@ class MotionBatch:
         betas: (B, 10) float32, one body a window.
         valid: (B, T) bool, False for padding.
         fps: (B,) float32 frames a second.
+        keys: B names of what is seen, each with the (epoch, number) that a window is drawn by.
 
     Raises:
         ValueError: a field has the wrong shape, or a number is not finite.
@@ -41,6 +42,7 @@ class MotionBatch:
     betas: Tensor
     valid: Tensor
     fps: Tensor
+    keys: list[str]
 
     def __post_init__(self) -> None:
         batch, frames = self.rotations.shape[:2]
@@ -58,12 +60,13 @@ class MotionBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MotionBatch:
         """The batch on another device."""
-        return MotionBatch(
-            *(t.to(device, non_blocking=non_blocking) for t in (self.rotations, self.betas, self.valid, self.fps))
+        rotations, betas, valid, fps = (
+            t.to(device, non_blocking=non_blocking) for t in (self.rotations, self.betas, self.valid, self.fps)
         )
+        return MotionBatch(rotations, betas, valid, fps, self.keys)
 
 
-class MotionWindows(Dataset[dict[str, np.ndarray]]):
+class MotionWindows(Dataset[dict[str, Any]]):
     """Windows that are drawn anew for every (epoch, number); a function of these and the seed.
 
     Args:
@@ -87,7 +90,7 @@ class MotionWindows(Dataset[dict[str, np.ndarray]]):
         self.source, self.window, self.fps, self.seed, self.shortest = source, window, fps, seed, shortest
         self.procedural, self.procedural_share = load_motion_source("procedural"), procedural_share
 
-    def __getitem__(self, sample: SampleId | int) -> dict[str, np.ndarray]:
+    def __getitem__(self, sample: SampleId | int) -> dict[str, Any]:
         epoch, number = sample if isinstance(sample, tuple) else (0, sample)
         rng = np.random.default_rng([self.seed, epoch, number])
         source = self.procedural if self.procedural_share and rng.random() < self.procedural_share else self.source
@@ -99,6 +102,7 @@ class MotionWindows(Dataset[dict[str, np.ndarray]]):
             "betas": betas.astype(np.float32),
             "valid": np.arange(self.window) < frames,
             "fps": np.asarray(motion.fps, np.float32),
+            "keys": f"{motion.name} ({epoch}, {number})",
         }
 
 
@@ -111,7 +115,7 @@ def seen_by_camera(motion: Motion, rng: np.random.Generator) -> np.ndarray:
     return rotations.astype(np.float32)
 
 
-def _collate(samples: list[dict[str, np.ndarray]]) -> MotionBatch:
+def _collate(samples: list[dict[str, Any]]) -> MotionBatch:
     return MotionBatch(**default_collate(samples))
 
 

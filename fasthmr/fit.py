@@ -47,6 +47,7 @@ from rich.table import Table
 from torch import distributed
 
 from callbacks.batch_size import SayBatchSize
+from callbacks.curves import Curves
 from callbacks.heartbeat import Heartbeat
 from callbacks.interrupt import SaveOnInterrupt
 from callbacks.progress import RunProgress
@@ -60,7 +61,7 @@ from fasthmr.files import write_text
 from fasthmr.lit.checkpoint_io import AtomicCheckpointIO
 from fasthmr.lit.sharding import require_supported
 from fasthmr.losses import NonFiniteLossError
-from fasthmr.processes import Process, environment
+from fasthmr.processes import Process, environment, require_gpus
 from fasthmr.ranks import from_first_rank
 from fasthmr.recipe import (
     Commands,
@@ -95,7 +96,7 @@ class SaveResolvedConfig(SaveConfigCallback):
         write_text(run_dir / CONFIG_FILE, text)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+                logger.experiment.add_text("config", f"```yaml\n{text}\n```", trainer.global_step)
 
 
 class GoOnFrom(L.Callback):
@@ -158,7 +159,7 @@ class FitCLI(LightningCLI):
         stop = SaveOnInterrupt(Path(self.config.run_dir) / LAST_CHECKPOINT)
         ours: list[L.Callback] = [self._validated, SayBatchSize(), Summary(), stop]
         given = config["callbacks"] or []
-        given = [StepNumbers(), *(given if isinstance(given, list) else [given])]
+        given = [StepNumbers(), Curves(), *(given if isinstance(given, list) else [given])]
         config["callbacks"] = given
         if not any(isinstance(callback, Heartbeat) for callback in given):
             ours.insert(0, Heartbeat())
@@ -192,6 +193,15 @@ class FitCLI(LightningCLI):
         text: str = self.parser.dump(self.config, skip_none=False)
         return text
 
+    def completed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config with the default of each key that it lacks.
+
+        Raises:
+            UsageError: it has a key that there is not.
+        """
+        completed: dict[str, Any] = yaml.safe_load(self.parser.dump(self.parser.parse_object(config), skip_none=False))
+        return completed
+
     @property
     def alone(self) -> bool:
         """Whether the config asks for one process."""
@@ -211,21 +221,20 @@ class FitCLI(LightningCLI):
         """
         run_dir = Path(self.config.run_dir)
         _require_writable(run_dir)
+        require_gpus(self.config.trainer.accelerator, self.config.trainer.devices)
         if Process.this().rank > 0:
             return self._run(run_dir, None)  # the first process says from where
         with locked(run_dir):
             ckpt_path = self.config.ckpt_path
             checkpoint = checkpoint_to_resume(run_dir, AUTO if resume and ckpt_path is None else ckpt_path)
             if checkpoint is not None:
-                require_resumable(checkpoint, yaml.safe_load(self.resolved))
+                require_resumable(checkpoint, yaml.safe_load(self.resolved), self.completed)
                 _remove_unfinished(run_dir / LAST_CHECKPOINT)
             return self._run(run_dir, checkpoint)
 
     def _run(self, run_dir: Path, checkpoint: Path | None) -> StageResult:
         super().instantiate_classes()
         require_supported(self.trainer.strategy)
-        if checkpoint is not None:
-            _forget_what_came_after(checkpoint, self.trainer)
         self.trainer.callbacks.append(GoOnFrom(checkpoint))  # type: ignore[attr-defined]
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule)
@@ -297,16 +306,6 @@ def _wait_until_seen(checkpoint: Path, step: int) -> None:
                 f"something else there ({seen}): use a run_dir that all machines share"
             )
         time.sleep(1)
-
-
-def _forget_what_came_after(checkpoint: Path, trainer: L.Trainer) -> None:
-    """Have TensorBoard drop what a killed run had logged of steps that are done again."""
-    content = read_checkpoint(checkpoint)
-    # Values of step n, which leads from n to n + 1, are logged under n, but for a few that are logged after it.
-    stopped = content.get("callbacks", {}).get(SaveOnInterrupt.STATE_KEY, {}).get("stopped", False)
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger._kwargs["purge_step"] = content["global_step"] + stopped
 
 
 def _metrics_of(checkpoint: str, last: LastValidation) -> tuple[dict[str, float], int | None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from torch import distributed
 
@@ -71,6 +73,33 @@ def _require_sound_slurm_job() -> None:
         raise UsageError(f"the SLURM job has {tasks} tasks, and this is none of them: start the command with srun")
     if "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UsageError("the SLURM job does not say how many tasks a node has: give it --ntasks-per-node")
+
+
+def require_gpus(accelerator: str, devices: int | str | list[int]) -> None:
+    """Refuse to train where GPUs were asked for and are not there: Lightning would take the CPU, or name no number.
+
+    Args:
+        accelerator: the trainer's; "cpu" asks for none, "auto" for as many as SLURM says that this node has.
+        devices: the trainer's.
+
+    Raises:
+        UsageError: names how many were asked for, and found.
+    """
+    if accelerator in ("gpu", "cuda"):
+        asked = max(devices) + 1 if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+        by = f"trainer.accelerator: {accelerator} with trainer.devices: {devices} asks"
+    elif accelerator == "auto" and "SLURM_STEP_ID" in os.environ:
+        asked = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+        by = f"SLURM job {os.environ.get('SLURM_JOB_ID')} asks"
+    else:
+        return
+    found = torch.cuda.device_count() or int(torch.backends.mps.is_available())
+    if found < asked:
+        raise UsageError(
+            f"{by} for {asked} GPU(s) on each node, torch {torch.__version__} finds {found} on {socket.gethostname()}: "
+            "ask for fewer, set trainer.accelerator: cpu, or see that each process sees all GPUs of its node "
+            "(nvidia-smi; a torch for CPUs finds none)"
+        )
 
 
 def environment(alone: bool) -> list[ClusterEnvironment]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +122,33 @@ def _step(checkpoint: Path) -> int:
     return step
 
 
-def require_resumable(checkpoint: Path, config: Mapping[str, Any]) -> None:
+def require_resumable(
+    checkpoint: Path, config: Mapping[str, Any], completed: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
     """Refuse to go on from a checkpoint with another config than the one in the folder of its run.
 
     Args:
         checkpoint: RUN/checkpoints/NAME.ckpt. Without RUN/config.yaml there is nothing to compare.
         config: the resolved config.
+        completed: gives a config the default of each key that it lacks. The one of an older run lacks those that are
+            younger: what they say was not a choice then.
 
     Raises:
-        UsageError: a key that may not change has; names what changed.
+        UsageError: a key that may not change has, or is not known any more; names what changed.
     """
     file = checkpoint.parent.parent / CONFIG_FILE
     if not file.is_file():
         return
-    before, now = _that_train(yaml.safe_load(file.read_text())), _that_train(config)
+    then = yaml.safe_load(file.read_text())
+    trainer = then.get("trainer", {})
+    trainer["callbacks"] = [c for c in trainer.get("callbacks") or [] if c["class_path"] in _CALLBACKS_THAT_TRAIN]
+    try:
+        before, now = _that_train(completed(then)), _that_train(config)
+    except UsageError as error:
+        raise UsageError(
+            f"cannot go on from {checkpoint}: {file} is of another version of this project, or damaged ({error}); "
+            "go on with that version, or start a new run in another folder"
+        ) from error
     changed = [k for k in sorted({*before, *now}) if before.get(k, "not set") != now.get(k, "not set")]
     if changed:
         shown = "; ".join(f"{k}: {before.get(k, 'not set')} -> {now.get(k, 'not set')}" for k in changed)

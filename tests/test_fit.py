@@ -508,9 +508,9 @@ def test_callbacks_may_change_but_for_those_that_train(tmp_path):
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(callbacks(5.0)))
     checkpoint = tmp_path / "checkpoints/last.ckpt"
-    require_resumable(checkpoint, callbacks(5.0, "callbacks.pictures.Pictures", calibration="b"))
+    require_resumable(checkpoint, callbacks(5.0, "callbacks.pictures.Pictures", calibration="b"), dict)
     with pytest.raises(UsageError, match=r"\(trainer\.callbacks\.budget_mm: 5\.0 -> 6\.0\)"):
-        require_resumable(checkpoint, callbacks(6.0))
+        require_resumable(checkpoint, callbacks(6.0), dict)
 
 
 def test_help_keeps_the_lines_of_its_examples(told, capsys):

@@ -16,6 +16,7 @@ from fasthmr.checkpoint import CheckpointError, load_encoder, load_prior, save_d
 from fasthmr.data.synth.motion import Motion, load_motion_source
 from fasthmr.lit.optim import OptimizerConfig
 from fasthmr.lit.prior import MotionPriorModule
+from fasthmr.losses import NonFiniteLossError
 from fasthmr.models.denoiser import DenoiserConfig
 from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.motion_prior import MotionPrior
@@ -74,6 +75,12 @@ class TestWindows:
         lengths = {int(module._train[SampleId(0, i)]["valid"].sum()) for i in range(20)}
         assert min(lengths) >= 5 and max(lengths) <= 20 and len(lengths) > 4
 
+    def test_a_window_says_what_is_seen_and_how_to_draw_it_again(self):
+        module = data()
+        module.setup()
+        key = module._train[SampleId(3, 2)]["keys"]
+        assert key.endswith(" (3, 2)") and key[0].isalpha()
+
     def test_a_share_moves_procedurally_all_the_same(self):
         class Still:
             def sample(self, rng: np.random.Generator, frames: int, fps: float) -> Motion:
@@ -110,7 +117,7 @@ class TestWindows:
         rotations = torch.eye(3).expand(1, 4, 24, 3, 3).clone()
         rotations[0, 1, 5] = torch.nan
         with pytest.raises(ValueError, match="rotations holds numbers that are not finite"):
-            MotionBatch(rotations, torch.zeros(1, 10), torch.ones(1, 4, dtype=torch.bool), torch.ones(1))
+            MotionBatch(rotations, torch.zeros(1, 10), torch.ones(1, 4, dtype=torch.bool), torch.ones(1), ["walk"])
 
 
 class TestTraining:
@@ -231,6 +238,16 @@ def test_windows_as_6d_rotations(tmp_path):
     )
     save_prior(tmp_path / "prior.ckpt", MotionPrior(config), module.body.id)
     assert load_prior(tmp_path / "prior.ckpt")[0].config == config
+
+
+def test_a_loss_that_is_not_finite_names_step_and_windows():
+    source = data()
+    source.setup()
+    module, batch = MotionPriorModule(SMALL, kl_weight=float("inf")), source.first_windows(2)
+    with pytest.raises(NonFiniteLossError) as raised:
+        module.training_step(batch, 0)
+    for named in ("step 0: ", "kl=", *batch.keys, "(0, 1)"):
+        assert named in str(raised.value)
 
 
 @pytest.mark.parametrize(

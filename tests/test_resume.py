@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on: its own before a given one, and never from half of one."""
+"""From which checkpoint a run goes on, its own before a given one and never from half of one, and with which config."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fasthmr.checkpoint_files import write_checkpoint
 from fasthmr.cli import UsageError
-from fasthmr.resume import checkpoint_to_resume
+from fasthmr.fit import FitCLI
+from fasthmr.resume import checkpoint_to_resume, require_resumable
+
+ROOT = Path(__file__).parents[1]
 
 
 def checkpoint(path: Path, step: int) -> Path:
@@ -67,3 +71,40 @@ def test_half_a_checkpoint_is_named_and_the_one_before_is_used(damage, run, capl
         file.write_bytes(b"")
     with pytest.raises(UsageError, match="no other checkpoint is whole: remove"):
         checkpoint_to_resume(run, "last")
+
+
+# ---- with which config -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*:", "ignore:LightningCLI's args parameter")
+def test_a_key_that_is_younger_than_the_run_had_its_default_then(run):
+    cli = FitCLI(["-c", str(ROOT / "conf/progressive_tiny.yaml")])
+    then, now = yaml.safe_load(cli.resolved), yaml.safe_load(cli.resolved)
+    for key in ("resample", "weights", "max_damaged", "shard_cache"):
+        del then["data"]["init_args"][key]
+    for key in ("mask_people", "teacher", "teacher_steps"):
+        del then["model"]["init_args"][key]
+    del then["model"]["init_args"]["net"]["architecture"], then["model"]["init_args"]["loss"]["feature"]
+    merging, *_ = then["trainer"]["callbacks"]
+    del merging["init_args"]["moments"]
+    then["trainer"]["callbacks"].append({"class_path": "watches.and.is.gone"})
+
+    def resume() -> None:
+        (run / "config.yaml").write_text(yaml.safe_dump(then))
+        require_resumable(run / "checkpoints/last.ckpt", now, cli.completed)
+
+    resume()
+    for section, key, was, value in (
+        (now["data"]["init_args"], "data.init_args.resample", True, False),
+        (now["model"]["init_args"]["loss"], "model.init_args.loss.feature", 0.0, 1.0),
+        (now["trainer"]["callbacks"][0]["init_args"], "trainer.callbacks.moments", "later", "zero"),
+    ):
+        name = key.rpartition(".")[2]
+        default, section[name] = section[name], value
+        with pytest.raises(UsageError, match=rf"another config \({key}: {was} -> {value}\)"):
+            resume()
+        section[name] = default
+
+    then["model"]["init_args"]["net"]["old_size"] = 3
+    with pytest.raises(UsageError, match=r"config.yaml is of another version of this project.*'old_size'"):
+        resume()

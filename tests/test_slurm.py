@@ -113,8 +113,8 @@ class Training:
             "--trainer.log_every_n_steps=1", f"--run_dir={self.run_dir}",
         ]  # fmt: skip
 
-    def submit(self, *more: str) -> str:
-        return self.cluster.submit(*self.arguments, *more)
+    def submit(self, *more: str, options: tuple[str, ...] = ()) -> str:
+        return self.cluster.submit(*options, *self.arguments, *more)
 
     def wait_for_pause(self, job: str, step: int) -> list[int]:
         """Until both processes stand still at a step; their process numbers."""
@@ -140,10 +140,18 @@ def test_a_job_that_is_killed_cancelled_and_requeued_ends_as_one_that_is_not(clu
     unbroken = Training(cluster, tiny_shards, "unbroken", [])
     unbroken_job = unbroken.submit()
     broken = Training(cluster, tiny_shards, "broken", [4, 6, 8, 9])
+    # One that SLURM itself tells that its time is nearly up: after 1 to 1.5 of 2 minutes.
+    timed = Training(cluster, tiny_shards, "timed", [4])
+    timed_job = timed.submit(options=("--time=2", "--signal=SIGUSR1@60"))
 
     # A process dies at step 4, after a merge; the last checkpoint is of step 2. The job ends, and is submitted again.
     job = broken.submit()
-    os.kill(broken.wait_for_pause(job, 4)[1], signal.SIGKILL)
+    processes = broken.wait_for_pause(job, 4)
+    # Another job on its folder is refused, and names it.
+    second = broken.submit("--ckpt_path=auto")
+    refused = rf"is being written by another run \(process {processes[0]} on \S+ of SLURM job {job}\)"
+    wait_until(lambda: re.search(refused, cluster.log(second)), PATIENCE_S, f"the refusal of job {second}")
+    os.kill(processes[1], signal.SIGKILL)
     cluster.wait_for(job, "FAILED")
     assert broken.last()["global_step"] == 2
     job = broken.submit("--ckpt_path=auto")
@@ -167,7 +175,16 @@ def test_a_job_that_is_killed_cancelled_and_requeued_ends_as_one_that_is_not(clu
     last_job = broken.submit("--ckpt_path=auto")
     cluster.wait_for(last_job, "COMPLETED")
     cluster.wait_for(unbroken_job, "COMPLETED")
+    cluster.wait_for(second, "FAILED")
+    require_same(unbroken, broken)
 
+    cluster.wait_for(timed_job, "COMPLETED")
+    assert "SIGUSR1: step 4 saved" in cluster.log(timed_job)
+    assert re.search(r"Restarts=[1-9]", cluster.run("scontrol", "show", "job", timed_job))
+    require_same(unbroken, timed)
+
+
+def require_same(unbroken: Training, broken: Training) -> None:
     assert {(rank["weights"], str(rank["plan"])) for rank in [*unbroken.ranks(), *broken.ranks()]} == {
         (unbroken.ranks()[0]["weights"], str(unbroken.ranks()[0]["plan"]))
     }

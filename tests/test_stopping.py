@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from slurm_lab import wait_until
 
 from fasthmr import stopping
 
@@ -73,6 +76,29 @@ def test_a_step_that_outlasts_the_grace_costs_steps_but_not_the_job(tmp_path):
         program.communicate(timeout=60)
         assert (tmp_path / "called").exists() == requeued
     assert (tmp_path / "called").read_text() == "show job 17\nrequeue 17\n"
+
+
+def test_a_signal_while_data_do_not_come_costs_steps_but_not_the_run(tmp_path):
+    fake_scontrol(tmp_path, "RUNNING")
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17", "FASTHMR_REQUEUE": "1", "FASTHMR_GRACE_S": "21",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "helpers.stalled", str(tmp_path)]
+    asked, called, last = (tmp_path / name for name in ("asked", "called", "last.ckpt"))
+    program = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: asked.exists() and asked.read_text() == "x" * 6, 60, "the sixth sample")
+    wait_until(lambda: last.exists() and torch.load(last, weights_only=True)["global_step"] == 4, 60, "step 4")
+    time.sleep(1)  # in which step 5 is made
+    os.killpg(program.pid, signal.SIGUSR1)
+    wait_until(lambda: called.exists() and "requeue 17" in called.read_text(), 60, "the requeue")
+    assert program.poll() is None
+    os.killpg(program.pid, signal.SIGKILL)  # as SLURM does with a job that is requeued
+    _, said = program.communicate(timeout=60)
+    assert "SIGUSR1: stopping after this step" in said and "goes on from its last checkpoint" in said
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.stdout.splitlines()[-1] == "steps: 8 8.0", again.stderr
 
 
 def test_a_cancelled_job_is_not_requeued(monkeypatch, caplog, tmp_path):

@@ -33,6 +33,7 @@ class Windows(Protocol):
     betas: Tensor
     valid: Tensor
     fps: Tensor
+    keys: list[str]
 
 
 class MotionPriorModule(L.LightningModule):
@@ -86,7 +87,11 @@ class MotionPriorModule(L.LightningModule):
         parts = {"reconstruction": error[valid].mean(), "kl": latent.kl()}
         loss = parts["reconstruction"] + self.kl_weight * parts["kl"]
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"the loss is not finite at step {self.global_step}: lower optimizer.lr")
+            values = ", ".join(f"{k}={v.item():g}" for k, v in parts.items())
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {self.global_step}: {values}; windows: {', '.join(batch.keys)}. "
+                "Lower optimizer.lr."
+            )
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()}, batch_size=len(poses))
         return loss
 

@@ -1,13 +1,18 @@
-"""Trains again and again, each time killed at a random moment: `python -m helpers.kill_often KILLS RUN ARGUMENTS...`.
+"""Trains again and again, each time killed at a random moment.
 
-Each training is a fork of this process, so that it need not import everything anew, and goes on from the last
-checkpoint. It is killed between its start and shortly after its third checkpoint. At last it may come to its end; when
-a signal stops it, another one goes on. Prints how many kills and stops there were.
+`python -m helpers.kill_often KILLS PROCESSES RUN ARGUMENTS...`
+
+Each process of a training is a fork of this one, so that it need not import everything anew, and finds the others as
+torchrun's do. A training goes on from the last checkpoint. One of its processes is killed between its start and shortly
+after its third checkpoint, and the others a little later. At last it may come to its end; when a signal stops it,
+another one goes on. Prints how many kills and stops there were, and the seed of the moments.
 """
 
 import os
 import random
+import secrets
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,11 +21,27 @@ from fasthmr import stopping
 from fasthmr.fit import main
 
 
-def train(arguments: list[str]) -> int:
-    """Start one; its process number."""
-    child = os.fork()
-    if child:
-        return child
+def train(processes: int, arguments: list[str]) -> list[int]:
+    """Start one; its process numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            if processes > 1:
+                os.environ |= {
+                    "TORCHELASTIC_RUN_ID": "killed", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                    "RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
+                }  # fmt: skip
+            _become_fit(arguments)
+        children.append(child)
+    return children
+
+
+def _become_fit(arguments: list[str]) -> None:
     sys.argv = ["fit", *arguments]
     code = 1
     stopping.listen()
@@ -32,51 +53,64 @@ def train(arguments: list[str]) -> int:
         os._exit(code)
 
 
-def ended(child: int) -> bool:
-    done, status = os.waitpid(child, os.WNOHANG)
-    if done and status:
-        sys.exit(f"a training failed by itself: {status}")
-    return bool(done)
+def ended(children: list[int]) -> bool:
+    """Whether one of them has ended; the others do so at once."""
+    for child in children:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done and status:
+            sys.exit(f"a training failed by itself: {status}")
+        if done:
+            codes([other for other in children if other != child])
+            return True
+    return False
 
 
-def wait_for_checkpoint(child: int, file: Path) -> bool:
+def codes(children: list[int]) -> set[int]:
+    """How they end."""
+    return {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+
+
+def wait_for_checkpoint(children: list[int], file: Path) -> bool:
     """Until there is another one; False if training ends before."""
     before = file.stat().st_ino if file.exists() else None
     while not file.exists() or file.stat().st_ino == before:
-        if ended(child):
+        if ended(children):
             return False
         time.sleep(0.001)
     return True
 
 
-def lives(kills: int, run: Path, arguments: list[str]) -> int:
+def lives(chance: random.Random, kills: int, processes: int, run: Path, arguments: list[str]) -> int:
     """Kill and start until a training ends by itself, or is not to be killed any more; kills that there were."""
-    chance = random.Random(0)
     for done in range(kills):
-        child = train(arguments)
+        children = train(processes, arguments)
         checkpoints = chance.randrange(4)
-        if not all(wait_for_checkpoint(child, run / "checkpoints/last.ckpt") for _ in range(checkpoints)):
+        if not all(wait_for_checkpoint(children, run / "checkpoints/last.ckpt") for _ in range(checkpoints)):
             return done
         time.sleep(chance.uniform(0, 0.1 if checkpoints else 2))
-        if ended(child):
+        if ended(children):
             return done
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        for child in chance.sample(children, len(children)):
+            os.kill(child, signal.SIGKILL)
+            time.sleep(chance.uniform(0, 0.1))
+        codes(children)
     return kills
 
 
-def stops(arguments: list[str]) -> int:
+def stops(processes: int, arguments: list[str]) -> int:
     """Train to the end; how often it was stopped on the way."""
     for count in range(10):
-        _, status = os.waitpid(train(arguments), 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code == 0:
+        left = codes(train(processes, arguments))
+        if left == {0}:
             return count
-        if code != stopping.EXIT_CODE:
-            sys.exit(f"a training failed: {code}")
+        if left != {stopping.EXIT_CODE}:
+            sys.exit(f"a training failed: {left}")
     sys.exit("it was stopped again and again")
 
 
 if __name__ == "__main__":
-    killed = lives(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
-    print(f"kills: {killed}, stops: {stops(sys.argv[3:])}")
+    kills, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    seed = secrets.randbelow(1000)
+    print(f"seed: {seed}", flush=True)
+    killed = lives(random.Random(seed), kills, processes, folder, sys.argv[4:])
+    print(f"kills: {killed}, stops: {stops(processes, sys.argv[4:])}")
