@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fasthmr.body import BodyMismatchError
+from fasthmr.data.masks import clips_id
 from fasthmr.data.schema import Clip
 from fasthmr.data.shards import ClipStore
 
@@ -95,7 +96,7 @@ def _require_compatible(one: tuple[str, ClipStore], other: tuple[str, ClipStore]
             f"sets {name!r} and {other_name!r} are labelled with different bodies, {body!r} ({store.folder}) and "
             f"{other_body!r} ({other_store.folder}): convert both with the same --body"
         )
-    if store.manifest.shards == other_store.manifest.shards:
+    if clips_id(store.manifest) == clips_id(other_store.manifest):
         raise ValueError(
             f"sets {name!r} and {other_name!r} are the same clips ({store.folder}, {other_store.folder}): "
             "leave one of them out, and give the other both weights"

@@ -8,10 +8,13 @@ import difflib
 import inspect
 import re
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from jsonargparse import DefaultHelpFormatter
+import yaml
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 
@@ -24,11 +27,50 @@ class UsageError(Exception):
 
 
 class FitParser(LightningArgumentParser):
-    """LightningCLI's parser, with errors that name the unknown key and the nearest valid one."""
+    """LightningCLI's parser, with errors that name the unknown key and the nearest valid one, or one written twice."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Namespace:  # type: ignore[override]
+        """As jsonargparse's, after a look at the files of `-c`.
+
+        Raises:
+            UsageError: wrong arguments, or a key that stands twice in a file.
+        """
+        for option, value in zip(args or (), [*(args or ())][1:], strict=False):
+            if option in ("-c", "--config") and "\n" not in value and Path(value).is_file():
+                refuse_double_keys(Path(value).read_text(), value)
+        return super().parse_args(args, *rest, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise UsageError instead of printing usage and leaving."""
         raise UsageError(explain(message, self))
+
+
+def refuse_double_keys(text: str, file: str) -> None:
+    """Refuse YAML in which a key stands twice in one mapping: of the two, YAML would silently take the last.
+
+    Raises:
+        UsageError: naming file, line and key.
+    """
+    try:
+        nodes = [yaml.compose(text, yaml.SafeLoader)]
+    except yaml.YAMLError:
+        return  # whoever reads it says what is wrong
+    seen: set[int] = set()  # an alias may lead back
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise UsageError(f"{file}, line {line}: {name!r} is in line {lines[name]} already: remove one")
+            lines[name] = line
+            nodes.append(value)
 
 
 _UNKNOWN_KEY = (

@@ -44,7 +44,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fasthmr import stopping
 from fasthmr.checkpoint import HEADER_KEY, read_checkpoint
-from fasthmr.cli import UsageError, flatten
+from fasthmr.cli import UsageError, flatten, refuse_double_keys
 from fasthmr.files import write_text
 from fasthmr.processes import Process, stage_of_its_own
 from fasthmr.resume import LAST_CHECKPOINT, ONLY_WATCH, matches
@@ -243,7 +243,8 @@ def load_recipe(files: Sequence[str], rest: Sequence[str]) -> Recipe | None:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        return _mapping(yaml.safe_load(Path(file).read_text()), f"config {file}")
+        refuse_double_keys(text := Path(file).read_text(), file)
+        return _mapping(yaml.safe_load(text), f"config {file}")
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read config {file}: {error}") from error
 

@@ -43,7 +43,7 @@ from fasthmr.data.convert.source import (
     plan,
     written_report,
 )
-from fasthmr.data.convert.track import Crops
+from fasthmr.data.convert.track import OFF, Crops
 from fasthmr.data.masks import MaskedSource, load_segmenter
 from fasthmr.data.schema import Clip, Gender
 from fasthmr.data.shards import ClipStore, Dropped, verify_shards, write_part, write_shards
@@ -208,7 +208,7 @@ def _dry_run(options: Namespace, source: ConvertedSource, bodies: dict[Gender, B
     rate = f"{frames / seconds:.0f} frames/s"
     print(f"it will take about {seconds:.0f} s on one core ({rate}), {seconds / workers:.0f} s with {workers} workers")
     for left_out in (made.why for made in tried if isinstance(made, Dropped)):
-        print(f"left out: {left_out}")
+        print(left_out if OFF.match(left_out) else f"left out: {left_out}")
     if options.sheet and (clips := [made for made in tried if isinstance(made, Clip)]):
         _write_sheet(Path(options.sheet), clips, bodies)
     print("nothing was written into " + options.out)

@@ -63,7 +63,9 @@ class PosedMotion:
         return len(self.rotations)
 
 
-def side_by_side(clip: Clip, columns: Mapping[str, PosedMotion], body: BodyModel) -> Iterator[np.ndarray]:
+def side_by_side(
+    clip: Clip, columns: Mapping[str, PosedMotion], body: BodyModel, true_body: BodyModel | None = None
+) -> Iterator[np.ndarray]:
     """Frames of the video: the network's crop, then each system's mesh over the crop; below, the same from the side.
 
     Below the crop is the true mesh, where the clip has one. From the side all frames and all systems have
@@ -73,6 +75,7 @@ def side_by_side(clip: Clip, columns: Mapping[str, PosedMotion], body: BodyModel
         clip: the frames.
         columns: systems by the name that is written over them; each of as many frames as the clip.
         body: that the systems are of.
+        true_body: that the clip's labels are of, where they are of another one, such as a gendered one.
 
     Yields:
         T pictures (H, W, 3) uint8 RGB, of even height and width.
@@ -82,16 +85,22 @@ def side_by_side(clip: Clip, columns: Mapping[str, PosedMotion], body: BodyModel
         BodyMismatchError: the clip's labels are of another body.
         ClipError: a frame is damaged.
     """
+    true_body = true_body or body
     if clip.body is not None:
-        require_same_body(body.id, clip.body, where=f"clip {clip.key}")
+        require_same_body(true_body.id, clip.body, where=f"clip {clip.key}")
     for name, motion in columns.items():
         if len(motion) != len(clip):
             raise ValueError(f"{name!r} must have the clip's {len(clip)} frames, got {len(motion)}")
-    return _frames(clip, columns, body)
+    return _frames(clip, columns, body, true_body)
 
 
 def write_side_by_side(
-    path: Path, clip: Clip, columns: Mapping[str, PosedMotion], body: BodyModel, fps: float | None = None
+    path: Path,
+    clip: Clip,
+    columns: Mapping[str, PosedMotion],
+    body: BodyModel,
+    true_body: BodyModel | None = None,
+    fps: float | None = None,
 ) -> None:
     """Write `side_by_side` as an mp4, at `fps` frames a second or at the clip's own rate.
 
@@ -100,7 +109,7 @@ def write_side_by_side(
         OSError: it cannot be written; nothing half-written stays.
     """
     with written_video(path, fps or clip.fps) as add:
-        for frame in side_by_side(clip, columns, body):
+        for frame in side_by_side(clip, columns, body, true_body):
             add(frame)
 
 
@@ -119,16 +128,18 @@ def log_video(writer: SummaryWriter, tag: str, frames: Iterable[np.ndarray], fps
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def _frames(clip: Clip, columns: Mapping[str, PosedMotion], body: BodyModel) -> Iterator[np.ndarray]:
+def _frames(
+    clip: Clip, columns: Mapping[str, PosedMotion], body: BodyModel, true_body: BodyModel
+) -> Iterator[np.ndarray]:
     truth = _true_motion(clip)
-    systems = [*columns.values()] if truth is None else [*columns.values(), truth]
-    extent_m = _extent(systems, body)
+    systems = [(motion, body) for motion in columns.values()] + ([] if truth is None else [(truth, true_body)])
+    extent_m = _extent(systems)
     titles = _titles(["input", *columns])
     subtitles = _titles(["" if truth is None else "ground truth, from the side", *["from the side"] * len(columns)])
     for first in range(0, len(clip), _MESHES):
         index = np.arange(first, min(first + _MESHES, len(clip)))
         images = make_sample(clip, index, np.random.default_rng(0), Augmentation.off()).images.transpose(0, 2, 3, 1)
-        meshes = [_meshes(system, index, body) for system in systems]
+        meshes = [_meshes(motion, index, its_body) for motion, its_body in systems]
         for place, image in enumerate(images):
             over, beside = [image], []
             if truth is None:
@@ -188,10 +199,10 @@ def _true_motion(clip: Clip) -> PosedMotion | None:
 
 
 @torch.no_grad()
-def _extent(systems: Iterable[PosedMotion], body: BodyModel) -> float:
+def _extent(systems: Iterable[tuple[PosedMotion, BodyModel]]) -> float:
     """Metres that the side view must show, with the pelvis in the middle, so that every mesh fits in."""
     reach_m = 0.5
-    for system in systems:
+    for system, body in systems:
         if bool(system.valid.any()):
             rotations, betas = (t[system.valid].float().to(body.faces.device) for t in (system.rotations, system.betas))
             joints = body.joints29(rotations, betas)

@@ -7,8 +7,10 @@ import json
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import foreign_sets as foreign
@@ -164,7 +166,82 @@ def test_nan_labels_and_boxes_of_no_size_switch_frames_off(tmp_path: Path, free_
     assert clip.valid.tolist() == [True, False, True, True]
     side = (made.boxes[:, 2:] - made.boxes[:, :2]).max(1)
     assert clip.box_size[2] == pytest.approx(side[2], rel=0.03)  # the mesh's
-    assert Report.read(tmp_path / "out").frames_without_labels == 1
+    assert Report.read(tmp_path / "out").frames_without_labels == {"the set says so, or they hold NaN": 1}
+
+
+def test_frames_that_are_switched_off_are_counted_by_reason(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=8, size=SIZE)
+    trans, camera, good = made.trans.copy(), made.camera.copy(), np.ones(8, bool)
+    good[0] = False
+    camera[1, :3, :3] *= 2
+    trans[2:4] -= camera[2:4, 2, :3] * 10  # ten metres towards the camera, and out of it behind
+    trans[4] += camera[4, 0, :3] * 50  # to the right
+    foreign.write_emdb(
+        tmp_path, made, gender="neutral", good_frames_mask=good,
+        camera={"intrinsics": made.intrinsics, "extrinsics": camera, "width": SIZE[0], "height": SIZE[1]},
+        smpl={
+            "poses_root": made.pose[:, 0], "poses_body": made.pose[:, 1:].reshape(8, 69), "trans": trans,
+            "betas": made.betas,
+        },
+        bboxes={"bboxes": made.boxes, "invalid_idxs": np.array([4])},
+    )  # fmt: skip
+    assert run("emdb", tmp_path, tmp_path / "out") == 0
+    (clip,) = ClipStore(tmp_path / "out")
+    assert clip.valid.tolist() == 5 * [False] + 3 * [True]
+    report = Report.read(tmp_path / "out")
+    assert report.frames_without_labels == {
+        "the set says so, or they hold NaN": 1, "the camera's rotation is none": 1,
+        "the person is behind the camera": 2, "nobody in the picture": 1,
+    }  # fmt: skip
+    assert (report.clips, report.frames, report.dropped) == (1, 8, {})
+    assert "kept without labels: 2 frames: the person is behind the camera" in capsys.readouterr().out
+
+
+def without(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["h36m", "mpi_inf_3dhp", "raw", "4dhumans"])
+def test_pictures_without_labels_are_counted_and_named(tmp_path: Path, free_body: BodyModel, name: str) -> None:
+    made, options = foreign.take(free_body, frames=4, size=SIZE, still=True), list[str]()
+    if name == "h36m":
+        foreign.write_h36m_neural_annot(tmp_path, made)
+        data = tmp_path / "annotations/Human36M_subject1_data.json"
+        fits = tmp_path / "annotations/Human36M_subject1_SMPL_NeuralAnnot.json"
+        without(data, lambda content: content["annotations"].pop())
+
+        def first_fit(content: Any) -> None:
+            (of_action,) = content.values()
+            (of_sub_action,) = of_action.values()
+            of_sub_action.pop(min(of_sub_action, key=int))
+
+        without(fits, first_fit)
+        options, frames = ["--split", "train"], 2
+    elif name == "mpi_inf_3dhp":
+        foreign.write_3dhp_neural_annot(tmp_path, made)
+        without(tmp_path / "annotations/MPI-INF-3DHP_1k.json", lambda content: content["annotations"].pop())
+        frames = 3
+    elif name == "raw":
+        foreign.write_3dhp_raw(tmp_path, made)
+        folder = next(tmp_path.glob("S1/Seq1/imageFrames/video_*"))
+        last = max(folder.iterdir())
+        number = int(last.stem.rpartition("_")[2]) + 1
+        (folder / f"{last.stem.rpartition('_')[0]}_{number:06d}.jpg").write_bytes(last.read_bytes())
+        name, options, frames = "mpi_inf_3dhp", ["--split", "raw"], None
+    else:
+        members = foreign.hmr2_members("one", made, 0, [foreign.hmr2_person(made)], with_masks=False)
+        members |= foreign.hmr2_members("nobody", made, 1, [], with_masks=False)
+        foreign.write_tar(tmp_path / "a.tar", members)
+        frames = 1
+    assert run(name, tmp_path, tmp_path / "out", *options) == 0
+    report = Report.read(tmp_path / "out")
+    assert report.dropped == {"picture without labels": 2 if name == "h36m" else 1}
+    assert len(report.named["picture without labels"]) == (2 if name == "h36m" else 1)
+    assert frames is None or report.frames == frames
 
 
 def test_nobody_in_the_picture_is_no_clip(
@@ -237,6 +314,69 @@ def test_bad_samples_of_4dhumans_are_left_out_and_named_up_to_a_limit(
     told = "\n".join(report.named["labels that cannot be used"])
     for name in ("shape_0: body_pose", "flag_0: has_betas", "word_0: scale", "cut.data.pyd", "alone has only jpg"):
         assert name in told
+
+
+Writer = Callable[[Path, foreign.Take], object]
+#: (set, its kind of labels, how it is written, the label file)
+LABEL_FILES: dict[str, tuple[str, str, Writer, str]] = {
+    "3dpw": (
+        "threedpw", "test", lambda root, made: foreign.write_threedpw(root, [made], ["m"], np.ones((1, len(made)))),
+        "sequenceFiles/test/*.pkl",
+    ),
+    "emdb": ("emdb", "emdb1", foreign.write_emdb, "P0/*/*_data.pkl"),
+    "bedlam": ("bedlam", "all", lambda root, made: foreign.write_bedlam(root, "scene", made), "labels/*.npz"),
+    "spin": ("mpi_inf_3dhp", "spin", foreign.write_3dhp_spin, "annotations/*.npz"),
+    "hybrik h36m": ("h36m", "train", foreign.write_h36m_hybrik, "annotations/*.json"),
+    "hybrik 3dhp": ("mpi_inf_3dhp", "hybrik", foreign.write_3dhp_hybrik, "annotations/*.json"),
+    "raw 3dhp": ("mpi_inf_3dhp", "raw", foreign.write_3dhp_raw, "S1/Seq1/annot.mat"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "put_there"),
+    [
+        *((name, "half of it") for name in LABEL_FILES),
+        *(("3dpw", "emdb"), ("emdb", "3dpw"), ("bedlam", "spin"), ("spin", "bedlam")),
+        *(("hybrik h36m", "hybrik 3dhp"), ("hybrik 3dhp", "hybrik h36m")),
+    ],
+)
+def test_a_label_file_that_is_cut_or_of_another_set_is_named(
+    ours: str, put_there: str, tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE, still=True)
+    name, split, write, labels = LABEL_FILES[ours]
+    write(tmp_path / "root", made)
+    (file,) = (tmp_path / "root").glob(labels)
+    if put_there == "half of it":
+        content = file.read_bytes()[: file.stat().st_size // 2]
+    else:
+        _, _, write, labels = LABEL_FILES[put_there]
+        write(tmp_path / "other", made)
+        (other,) = (tmp_path / "other").glob(labels)
+        content = other.read_bytes()
+    file.write_bytes(content)
+    assert run(name, tmp_path / "root", tmp_path / "out", "--split", split) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and file.name in error, error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["h36m", "emdb"])
+def test_a_box_of_no_size_is_replaced_by_the_meshs(tmp_path: Path, free_body: BodyModel, name: str) -> None:
+    made = foreign.take(free_body, frames=3, size=SIZE, still=True)
+    side = (made.boxes[:, 2:] - made.boxes[:, :2]).max(1)
+    if name == "h36m":
+        boxes = np.concatenate([made.boxes[:, :2], made.boxes[:, 2:] - made.boxes[:, :2]], 1)
+        boxes[1, 2:] = 0
+        foreign.write_h36m_hybrik(tmp_path, made, bbox=boxes)
+    else:
+        boxes = made.boxes.copy()
+        boxes[1, 2:] = boxes[1, :2]
+        invalid = np.array([], np.int64)
+        foreign.write_emdb(tmp_path, made, gender="neutral", bboxes={"bboxes": boxes, "invalid_idxs": invalid})
+    assert run(name, tmp_path, tmp_path / "out") == 0
+    (clip,) = ClipStore(tmp_path / "out")
+    assert clip.valid.all() and clip.box_size == pytest.approx(side, rel=0.03)
 
 
 # ---- going on, sharing, looking -------------------------------------------------------------------------------------

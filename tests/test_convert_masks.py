@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import torch
 from tiny_clips import IMAGE_SIZE, drawn_clip
 
 from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
-from fasthmr.data.masks import MaskedSource, RfDetr, Segmenter, Yolo, tell_apart
+from fasthmr.data.convert.reading import ConvertError
+from fasthmr.data.masks import MaskedSource, RfDetr, Segmenter, Yolo, clips_id, tell_apart
 from fasthmr.data.schema import Clip, PackedImages
 from fasthmr.data.shards import ClipStore, verify_shards, write_shards
 from fasthmr.geometry.boxes import invert_affine
@@ -64,6 +66,8 @@ def test_masks_of_a_folder_come_into_the_set(bare: Path, tmp_path: Path, of: str
     assert main([*command, "--source", str(tmp_path / "masks")]) == 0
     assert verify_shards(tmp_path / "out") == []
     masked, untouched = ClipStore(tmp_path / "out")
+    before, after = (ClipStore(folder).manifest for folder in (bare, tmp_path / "out"))
+    assert clips_id(before) == clips_id(after) and before.shards != after.shards
     assert masked.status["masks"] == "pseudo" and untouched.status["masks"] == "ground_truth"
     for frame in range(FRAMES):
         both = np.stack([masked.masks.decode(frame) == MASK_SUBJECT, true_mask(frame)])
@@ -108,22 +112,33 @@ def test_the_person_of_the_box_is_the_subject() -> None:
 class FakeYolo:
     """Answers as ultralytics does: a list of a result, whose masks are a tensor (N,H,W), or None."""
 
+    def __init__(self, task: str = "segment", names: tuple[str, ...] = ("dog", "person")) -> None:
+        self.task, self.names = task, dict(enumerate(names))
+
     def predict(self, image: np.ndarray, classes: list[int], retina_masks: bool, verbose: bool) -> list[Any]:
-        assert classes == [0] and retina_masks
+        assert classes == [1] and retina_masks
         red = image[..., 2] > 180  # it takes BGR
         masks = torch.from_numpy(np.stack([red, np.zeros_like(red)])).float()
         return [SimpleNamespace(masks=SimpleNamespace(data=masks) if red.any() else None)]
 
 
 class FakeRfDetr:
-    """Answers as supervision's Detections: `mask` (N,H,W) bool or None, `class_id` (N,)."""
+    """Answers as supervision's Detections: `mask` (N,H,W) bool or None, and the classes by name."""
 
     def predict(self, image: np.ndarray, threshold: float) -> Any:
         red = image[..., 0] > 180
-        return SimpleNamespace(mask=np.stack([~red, red]), class_id=np.array([17, 1]))
+        return SimpleNamespace(mask=np.stack([~red, red]), data={"class_name": np.array(["cat", "person"], object)})
 
 
-@pytest.mark.parametrize("segmenter", [Yolo("n.pt", lambda _: FakeYolo()), RfDetr("w", lambda _: FakeRfDetr())])
+def fake_yolo(weights: str) -> FakeYolo:
+    return FakeYolo()
+
+
+def fake_rfdetr(weights: str) -> FakeRfDetr:
+    return FakeRfDetr()
+
+
+@pytest.mark.parametrize("segmenter", [Yolo("n.pt", fake_yolo), RfDetr("w", fake_rfdetr)])
 def test_adapters_ask_their_networks_for_people_only(bare: Path, segmenter: Segmenter) -> None:
     clip = MaskedSource(bare, segmenter).make(0)
     image, mask = clip.frames.decode(0), clip.masks.decode(0)
@@ -131,3 +146,11 @@ def test_adapters_ask_their_networks_for_people_only(bare: Path, segmenter: Segm
     assert np.array_equal(mask == MASK_SUBJECT, image[..., 0] > 180) and (mask == MASK_SUBJECT).any()
     blank = np.zeros((CROP_PX, CROP_PX, 3), np.uint8)
     assert not segmenter.people(clip, 0, blank).any()
+    in_another_process = pickle.loads(pickle.dumps(segmenter))
+    assert np.array_equal(in_another_process.people(clip, 0, image), segmenter.people(clip, 0, image))
+
+
+@pytest.mark.parametrize("network", [FakeYolo(task="detect"), FakeYolo(names=("dog", "cat"))])
+def test_a_network_that_makes_no_masks_of_people_is_refused(network: FakeYolo) -> None:
+    with pytest.raises(ConvertError, match=r"n\.pt is a network to \w+ 2 classes: it takes one to segment"):
+        Yolo("n.pt", lambda _: network)

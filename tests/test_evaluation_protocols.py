@@ -23,7 +23,10 @@ from fasthmr.data.batch import ClipBatch
 from fasthmr.data.shards import ClipStore
 from fasthmr.evaluate import main
 from fasthmr.metrics.protocols import H36M_TO_14
+from fasthmr.models.human_fov import HumanFoV
+from fasthmr.pipeline import estimate_intrinsics
 from fasthmr.shard import main as shard
+from fasthmr.video.reading import Frames
 
 QUICK = ["--precision=32", "--speed=false", "--workers=0", "--bootstrap=10"]
 #: the shape of the neutral body that is the rest shape of each gendered one
@@ -73,10 +76,12 @@ class Oracle:
     def __init__(self, unknown: bool = False) -> None:
         self.unknown = unknown
         self.boxes: list[np.ndarray] = []
+        self.focal_px: list[float] = []
 
     def __call__(self, chunks: list[ClipBatch], device: torch.device) -> EncodedFrames:
         (chunk,) = chunks
         self.boxes.append(torch.cat([chunk.box_center[0], chunk.box_size[0, :, None]], 1).numpy())
+        self.focal_px.append(float(chunk.intrinsics[0, 0, 0]))
         shape = torch.zeros(10) if self.unknown else torch.tensor(SHAPES[chunk.genders[0]])
         betas = (chunk.betas + shape).expand(chunk.frames_per_clip, -1).clone()
         betas[~chunk.valid[0]] = 50.0
@@ -262,3 +267,56 @@ def test_a_file_that_holds_no_boxes(lab, tmp_path, capsys):
     for name in ("boxes.npy", "boxes.npz", "bomb.npz"):
         assert main(arguments(lab, tmp_path / "out", f"--boxes={tmp_path}/{name}")) == 2
         assert f"{name} is no .npz file of boxes" in capsys.readouterr().err
+
+
+# ---- intrinsics ------------------------------------------------------------------------------------------------------
+
+
+def test_camerahmr_is_told_the_focal_length_of_the_set_of_the_diagonal_or_of_a_file(lab, tmp_path, oracle):
+    focal = {MAN: 400.0, WOMAN: 500.0}
+    np.savez(tmp_path / "focal.npz", **focal)
+    clips = {clip.key: clip for clip in ClipStore(lab / "set")}
+    diagonal = float(np.hypot(*clips[MAN].image_size))
+    told = {
+        "truth": ([float(clips[key].intrinsics[0, 0]) for key in focal], "ground truth, as stored with the clips."),
+        "diagonal": ([diagonal, diagonal], "the images' diagonals."),
+        f"{tmp_path}/focal.npz": ([400.0, 500.0], f"of {tmp_path}/focal.npz (sha256 "),
+    }
+    for source, (lengths, words) in told.items():
+        oracle.focal_px.clear()
+        results = evaluated(lab, tmp_path / "out", "--protocol=emdb-24", f"--intrinsics={source}")
+        assert oracle.focal_px == pytest.approx(lengths), source
+        assert results["intrinsics"]["source"] == source
+        assert f"Focal lengths, which CameraHMR is told: {words}" in (tmp_path / "out/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ({MAN: 400.0}, f"has no focal length of clip {WOMAN}"),
+        ({MAN: 400.0, WOMAN: 0.0}, f"{WOMAN} must be one positive number, px, got 0.0"),
+        ({MAN: np.nan, WOMAN: 400.0}, f"{MAN} must be one positive number, px, got nan"),
+        ({MAN: np.ones(3), WOMAN: 400.0}, f"{MAN} must be one positive number, px, got [1.0, 1.0, 1.0]"),
+    ],
+)
+def test_focal_lengths_that_cannot_be(lab, tmp_path, capsys, lengths, message):
+    np.savez(tmp_path / "focal.npz", **lengths)
+    assert main(arguments(lab, tmp_path / "out", f"--intrinsics={tmp_path}/focal.npz")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_humanfov_gives_such_a_file(lab, tmp_path, oracle):
+    """As docs/evaluate.md shows, by a small network whose random weights make little of a field of view of 1 radian."""
+    torch.manual_seed(0)
+    made = people(lab)[0]
+    foreign.write_picture(tmp_path / "frames/0.png", made.images[0])
+    fov = HumanFoV(width=8).eval()
+    with torch.no_grad():
+        fov.fc3.weight.mul_(0.01)
+        fov.fc3.bias.fill_(1.0)
+        focal_px = estimate_intrinsics(fov, Frames(tmp_path / "frames"))[0, 0]
+    np.savez(tmp_path / "focal.npz", **{MAN: focal_px})
+    evaluated(lab, tmp_path / "out", "--protocol=emdb-24", f"--intrinsics={tmp_path}/focal.npz", "--max_clips=1")
+    assert oracle.focal_px == pytest.approx([float(focal_px)])
+    assert float(focal_px) == pytest.approx(made.size[1] / (2 * np.tan(0.5)), rel=0.05)

@@ -116,5 +116,17 @@ def test_mistakes_are_named_before_anything_runs(arguments, message):
         EvaluationStage(["-c", str(CONFIG), *arguments])
 
 
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
+    config = tmp_path / "twice.yaml"
+    config.write_text("data: val\nsystems:\n  a: {encoder: x}\n  b: {encoder: y}\n  a: {encoder: z}\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml, line 5: 'a' is in line 3 already: remove one"):
+        EvaluationStage(["-c", str(config)])
+    with pytest.raises(UsageError, match=r"twice\.yaml, line 5: 'a' is in line 3 already: remove one"):
+        load_recipe([str(config)], [])
+    config.write_text("data: val\nsystems: {a: {encoder: x, encoder: y}}\n")
+    with pytest.raises(UsageError, match=r"line 2: 'encoder' is in line 2 already"):
+        EvaluationStage(["-c", str(config)])
+
+
 def test_the_config_names_no_stage_that_a_file_on_its_own_does_not_have():
     assert "stage:" not in json.dumps(yaml.safe_load(CONFIG.read_text()))

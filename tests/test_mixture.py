@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from datamodules.mixture import shares_of
 from datamodules.order import MixtureOrder, SampleId, dealt_out
 from fasthmr.body import BodyMismatchError, BodyModel
 from fasthmr.data.batch import ClipBatch, collate
-from fasthmr.data.index import MANIFEST
+from fasthmr.data.index import MANIFEST, Manifest
+from fasthmr.data.masks import clips_id
 from fasthmr.data.shards import ClipStore, ShardError
 from fasthmr.data.synth.source import SynthConfig
 from fasthmr.data.transforms import Augmentation, make_sample
@@ -230,6 +232,13 @@ def with_third(data: Path, folder: Path) -> ClipDataModule:
 def test_sets_that_cannot_be_mixed_are_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sets 'clips' and 'third' are the same clips"):
         with_third(data, data / "clips").setup()
+    shutil.copytree(data / "clips", tmp_path / "masked")
+    manifest = Manifest.read(data / "clips")
+    masked = {"kind": "masked", "body": manifest.body, "shards": clips_id(manifest)}
+    others = {name: "0" * 64 for name in manifest.shards}
+    (tmp_path / "masked" / MANIFEST).write_text(json.dumps(vars(manifest) | {"source": masked, "shards": others}))
+    with pytest.raises(ValueError, match="sets 'clips' and 'third' are the same clips"):
+        with_third(data, tmp_path / "masked").setup()
     make_set(tmp_path / "other", 1, body="somebody@123")
     with pytest.raises(BodyMismatchError, match=r"sets 'clips' and 'third' .*'free@.*clips\).*'somebody@123'.*other\)"):
         with_third(data, tmp_path / "other").setup()

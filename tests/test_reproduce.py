@@ -15,16 +15,18 @@ import cv2
 import foreign_sets as foreign
 import numpy as np
 import pytest
+import torch
 
 import fasthmr.evaluate
 import fasthmr.export
 import fasthmr.merge
 import fasthmr.shard
-from fasthmr.body import load_body
+from fasthmr.body import BodyModel, load_body
 from fasthmr.body.files import FREE_BODY
 from fasthmr.checkpoint import encoder_id, load_decoder, load_encoder
 from fasthmr.data.shards import ClipStore
 from fasthmr.fit import fit
+from fasthmr.geometry.rotations import axis_angle_to_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ROOT = Path(__file__).parents[1]
@@ -127,18 +129,30 @@ def run(command: str) -> None:
 # ---- the downloads ---------------------------------------------------------------------------------------------------
 
 
-def write_downloads(folder: Path) -> None:
-    """All that the guide's first table asks for, in little."""
+def write_bodies(folder: Path) -> tuple[BodyModel, BodyModel, BodyModel]:
+    """The neutral body, and ones 5 % larger and smaller."""
     with np.load(FREE_BODY) as file:
         members = dict(file)
     for gender, scale in (("NEUTRAL", 1.0), ("MALE", 1.05), ("FEMALE", 0.95)):
         foreign.write_pickle(
             folder / f"SMPL_{gender}.pkl", members | {"v_template": scale * members["v_template"]}, protocol=2
         )
-    rng = np.random.default_rng(0)
-    regressor = rng.random((17, len(members["v_template"]))) ** 40
-    np.save(folder / "J_regressor_h36m.npy", regressor / regressor.sum(1, keepdims=True))
     neutral, male, female = (load_body(folder / f"SMPL_{g}.pkl") for g in ("NEUTRAL", "MALE", "FEMALE"))
+    return neutral, male, female
+
+
+def write_regressor(folder: Path) -> np.ndarray:
+    """(17, V), of no body in particular."""
+    regressor = np.random.default_rng(0).random((17, load_body("free").num_vertices)) ** 40
+    regressor /= regressor.sum(1, keepdims=True)
+    np.save(folder / "J_regressor_h36m.npy", regressor)
+    return regressor
+
+
+def write_downloads(folder: Path) -> None:
+    """All that the guide's first table asks for, in little."""
+    write_regressor(folder)
+    neutral, male, female = write_bodies(folder)
     raw = folder / "raw"
     raw.mkdir()
     for model in MODELS:
@@ -198,6 +212,117 @@ def test_the_commands_lead_from_downloads_to_the_tables(tmp_path: Path, monkeypa
         decoder, _ = load_decoder(f"runs/decoder_{model}/checkpoints/best.ckpt")
         assert decoder.encoder == encoder_id(merged)
     assert len(load_encoder("runs/train_hmr2/checkpoints/best.ckpt").backbone.blocks) == 3
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def write_constant(model: str, path: Path, pose: np.ndarray, betas: np.ndarray) -> None:
+    """A checkpoint of `model` whose network says the same of every picture: `pose` (24, 3) and `betas` (10,)."""
+    checkpoint = torch.load(FIXTURES / f"{model}_small.ckpt", weights_only=True)
+    weights = checkpoint["state_dict"]
+    for name in ("decpose", "decshape"):
+        for part in ("weight", "bias"):
+            weights[f"smpl_head.{name}.{part}"].zero_()
+    first_two_columns = axis_angle_to_matrix(torch.from_numpy(pose))[..., :2].mT
+    weights["smpl_head.init_body_pose"].copy_(first_two_columns.reshape(1, 144))
+    weights["smpl_head.init_betas"].copy_(torch.from_numpy(betas)[None])
+    torch.save(checkpoint, path)
+
+
+Points = tuple[np.ndarray, np.ndarray]  # joints (..., J, 3) and vertices (..., V, 3), metres
+
+
+def expected(truths: list[Points], said: Points, root: list[int]) -> dict[str, float]:
+    """The errors, in mm and m/s², of what stands still, the long way and by none of our code.
+
+    Args:
+        truths: of each sequence, in the frames that count.
+        said: of every frame.
+        root: joints whose mean is the origin.
+    """
+
+    def rooted(joints: np.ndarray, vertices: np.ndarray) -> Points:
+        return joints - joints[root].mean(0), vertices - joints[root].mean(0)
+
+    errors: dict[str, list[float]] = {"pa_mpjpe_mm": [], "mpjpe_mm": [], "pve_mm": [], "accel_m_s2": []}
+    joints, mesh = rooted(*said)
+    for truth in truths:
+        moving = []
+        for true_joints, true_mesh in (rooted(*frame) for frame in zip(*truth, strict=True)):
+            aligned = best_similarity(joints, true_joints)
+            for name, apart in (
+                ("pa_mpjpe_mm", aligned - true_joints), ("mpjpe_mm", joints - true_joints), ("pve_mm", mesh - true_mesh)
+            ):  # fmt: skip
+                errors[name].append(np.linalg.norm(apart, axis=1).mean())
+            moving.append(true_joints)
+        second = np.diff(moving, 2, axis=0)[1:-1] * 30**2
+        errors["accel_m_s2"] += np.linalg.norm(second, axis=2).mean(1).tolist()
+    return {name: np.mean(each) * (1000 if name.endswith("mm") else 1) for name, each in errors.items()}
+
+
+def best_similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """`points` (N, 3) turned, scaled and moved onto `target` (Umeyama 1991)."""
+    a, b = points - points.mean(0), target - target.mean(0)
+    u, sizes, vt = np.linalg.svd(a.T @ b)
+    sign = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
+    return (sizes * sign).sum() / (a**2).sum() * a @ (u * sign) @ vt + target.mean(0)
+
+
+def errors_of(results: str) -> dict[str, dict[str, float]]:
+    """Of every system, what a table says, jitter apart."""
+    systems = json.loads(Path(f"{results}/results.json").read_text())["systems"]
+    return {s["name"]: {n: e["value"] for n, e in s["errors"].items() if "jitter" not in n} for s in systems}
+
+
+def test_what_is_predicted_gets_the_error_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the raw files of 3DPW and EMDB to the baselines' tables: protocol, joints, root, bodies and frames."""
+    regressor = write_regressor(tmp_path)
+    neutral, male, female = write_bodies(tmp_path)
+    male_take, female_take = (foreign.take(body, 12, seed=s, size=SIZE) for body, s in ((male, 1), (female, 2)))
+    valid = np.ones((2, 12), bool)
+    valid[0, 5] = valid[1, :3] = False
+    (tmp_path / "raw").mkdir()
+    foreign.write_threedpw(tmp_path / "raw/3DPW", [male_take, female_take], ["m", "f"], valid.astype(int))
+    for made, gender, good in ((male_take, "male", valid[0]), (female_take, "female", valid[1])):
+        foreign.write_emdb(tmp_path / "raw/EMDB", made, gender, gender=gender, good_frames_mask=good)
+    foreign.write_emdb(tmp_path / "raw/EMDB", male_take, "not_in_emdb1", gender="male", emdb1=False)
+    said = {"hmr2": (male_take.pose_in_camera[4], male_take.betas), "camerahmr": (np.full((24, 3), 0.1), np.ones(10))}
+    for model, (pose, betas) in said.items():
+        write_constant(model, tmp_path / f"raw/{model}.ckpt", pose, betas)
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    monkeypatch.chdir(tmp_path)
+    for command in commands():
+        if re.match(
+            r"python -m fasthmr\.(export raw|shard \w+ (threedpw|emdb|data/3dpw|data/emdb)|evaluate HMR2)", command
+        ):
+            run(command)
+    takes = [(male_take, valid[0]), (female_take, valid[1])]
+    of_h36m = regressor[[6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]]
+    truths = {
+        "3dpw": [(of_h36m @ made.vertices[good], made.vertices[good]) for made, good in takes],
+        "emdb": [(made.joints[good, :24], made.vertices[good]) for made, good in takes],
+    }
+    for data, root in (("3dpw", [2, 3]), ("emdb", [1, 2])):
+        config = f"python -m fasthmr.evaluate -c conf/evaluate_{data}.yaml --speed false"
+        run(f"{config} --systems.baseline.encoder hmr2.safetensors --run_dir results/config_{data}")
+        found = errors_of(f"results/baselines_{data}") | errors_of(f"results/config_{data}")
+        for name, model in (("HMR2.0", "hmr2"), ("baseline", "hmr2"), ("CameraHMR", "camerahmr")):
+            joints, mesh = posed(neutral, *said[model])
+            want = expected(truths[data], (of_h36m @ mesh if data == "3dpw" else joints, mesh), root)
+            assert found[name] == pytest.approx(want, abs=0.02), (data, name)
+        results = json.loads(Path(f"results/config_{data}/results.json").read_text())
+        assert (results["data"]["sequences"], results["data"]["frames"], results["data"]["labelled"]) == (2, 24, 20)
+        assert {gender: one["clips"] for gender, one in results["truth"].items()} == {"male": 1, "female": 1}
+        assert results["truth"]["male"]["body"] == male.id and results["body"] == neutral.id
+        assert (results["regressor"] is None) == (data == "emdb")
+
+
+def posed(body: BodyModel, pose: np.ndarray, betas: np.ndarray) -> Points:
+    """A body's 24 joints and vertices."""
+    rotations = axis_angle_to_matrix(torch.from_numpy(pose)).float()[None]
+    mesh = body(rotations, torch.from_numpy(betas).float()[None])
+    return mesh.joints[0].double().numpy(), mesh.vertices[0].double().numpy()
 
 
 def rows(name: str, protocol: str) -> list[str]:

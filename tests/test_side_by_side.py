@@ -7,12 +7,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from foreign_sets import gendered_body_files
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_clips import drawn_clip
 from torch.utils.tensorboard import SummaryWriter
 
-from fasthmr.body import BodyMismatchError
+from fasthmr.body import BodyMismatchError, load_body
 from fasthmr.data.transforms import Augmentation, make_sample
 from fasthmr.side_by_side import PosedMotion, log_video, side_by_side, write_side_by_side
 from fasthmr.video.reading import Frames
@@ -66,6 +67,21 @@ def test_the_truth_is_shown_from_the_side(clip, free_body):
     unlabelled.status["pose"] = "pseudo"
     (frame,) = side_by_side(unlabelled, {}, free_body)
     assert (panel(frame, BESIDE, 0) == 255).all()
+
+
+def test_the_truth_is_of_the_body_of_its_labels(free_body, tmp_path):
+    male = load_body(gendered_body_files(tmp_path)["male"])
+    own, gendered = drawn_clip(frames=1, body=free_body.id), drawn_clip(frames=1, body=male.id)
+    columns = {"upright": standing((0.9,))}
+    (neutral_frame,), (male_frame,) = (
+        side_by_side(own, columns, free_body),
+        side_by_side(gendered, columns, free_body, male),
+    )
+    drawn = [(panel(frame, BESIDE, 0) != 255).any(-1).sum() for frame in (neutral_frame, male_frame)]
+    assert drawn[1] > 1.02 * drawn[0]
+    assert np.array_equal(panel(neutral_frame, OVER, 1), panel(male_frame, OVER, 1))  # the system's is the neutral one
+    with pytest.raises(BodyMismatchError):
+        side_by_side(gendered, columns, free_body)
 
 
 def test_nothing_is_drawn_in_frames_that_are_not_valid(clip, free_body):

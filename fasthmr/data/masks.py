@@ -17,12 +17,15 @@ import numpy as np
 
 from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
 from fasthmr.data.convert.reading import ConvertError, Picture, read_picture
+from fasthmr.data.index import Manifest
 from fasthmr.data.schema import Clip, PackedImages
 from fasthmr.data.shards import ClipStore
 from fasthmr.geometry.boxes import apply_affine
 
 #: the tracked person's mask and box must overlap by this much (intersection over union)
 _LEAST_OVERLAP = 0.1
+#: what networks that know COCO's classes call people
+_PERSON = "person"
 
 
 class Segmenter(Protocol):
@@ -52,11 +55,10 @@ class MaskedSource:
     def describe(self) -> dict[str, Any]:
         """The description of the set itself, its checksums, and the segmenter's."""
         manifest = self._store.manifest
-        shards = hashlib.sha256("".join(sorted(manifest.shards.values())).encode()).hexdigest()
         bodies = manifest.source.get("bodies", {})
         return {
-            "kind": "masked", "body": manifest.body, "bodies": bodies, "of": manifest.source, "shards": shards,
-            "masks": self._segmenter.describe(),
+            "kind": "masked", "body": manifest.body, "bodies": bodies, "of": manifest.source,
+            "shards": clips_id(manifest), "masks": self._segmenter.describe(),
         }  # fmt: skip
 
     def make(self, index: int) -> Clip:
@@ -69,6 +71,13 @@ class MaskedSource:
             image = clip.frames.decode(frame)
             labels.append(tell_apart(self._segmenter.people(clip, frame, image), _box(clip, frame)))
         return replace(clip, masks=PackedImages.encode_png(labels), status={**clip.status, "masks": "pseudo"})
+
+
+def clips_id(manifest: Manifest) -> str:
+    """What tells the clips of sets apart, from their checksums; a set and the same with masks have one id."""
+    if manifest.source.get("kind") == "masked":
+        return str(manifest.source["shards"])
+    return hashlib.sha256("".join(sorted(manifest.shards.values())).encode()).hexdigest()
 
 
 def tell_apart(people: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -134,17 +143,27 @@ class Yolo:
     """Ultralytics' YOLO with masks. **AGPL-3.0**: what serves or ships a program with it must open its source.
 
     Args:
-        weights: a .pt file, such as yolo11x-seg.pt; a bare name is downloaded by ultralytics itself.
+        weights: a .pt file, such as yolo11x-seg.pt; a bare name is downloaded by ultralytics itself. It is a pickle,
+            which ultralytics runs.
         load: makes the network of the weights; tests give their own.
+
+    Raises:
+        ConvertError: the package is not installed, or the network makes no masks of people.
     """
 
     def __init__(self, weights: str, load: Callable[[str], Any] | None = None) -> None:
-        self._weights = weights
-        self._network = (load or _ultralytics)(weights)
+        self._weights, self._load = weights, load or _ultralytics
+        self._network = self._load(weights)
+        self._person = [number for number, name in self._network.names.items() if name == _PERSON]
+        if self._network.task != "segment" or not self._person:
+            raise ConvertError(
+                f"{weights} is a network to {self._network.task} {len(self._network.names)} classes: it takes one to "
+                f"segment, of which one class is {_PERSON!r}, such as yolo11x-seg.pt"
+            )
 
     def people(self, clip: Clip, frame: int, image: np.ndarray) -> np.ndarray:
-        """Masks of the class person, which is COCO's 0."""
-        (result,) = self._network.predict(image[..., ::-1], classes=[0], retina_masks=True, verbose=False)
+        """Masks of the class person."""
+        (result,) = self._network.predict(image[..., ::-1], classes=self._person, retina_masks=True, verbose=False)
         if result.masks is None:
             return np.zeros((0, *image.shape[:2]), bool)
         return np.asarray(result.masks.data.cpu().numpy()) > 0.5
@@ -152,30 +171,38 @@ class Yolo:
     def describe(self) -> dict[str, Any]:
         return {"segmenter": "yolo", "weights": Path(self._weights).name}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._weights, self._load)  # the networks themselves cannot be pickled once they ran
+
 
 class RfDetr:
     """Roboflow's RF-DETR with masks. Apache-2.0.
 
     Args:
-        weights: a checkpoint file; empty for the package's own, which it downloads.
+        weights: a checkpoint file, which says or whose name says of which size it is (rf-detr-seg-medium.pt); empty
+            for the package's own of medium size, which it downloads.
         load: makes the network of the weights; tests give their own.
+
+    Raises:
+        ConvertError: the package is not installed, or the network makes no masks.
     """
 
-    #: RF-DETR counts COCO's classes from 1
-    _PERSON = 1
-
     def __init__(self, weights: str, load: Callable[[str], Any] | None = None) -> None:
-        self._weights = weights
-        self._network = (load or _rfdetr)(weights)
+        self._weights, self._load = weights, load or _rfdetr
+        self._network = self._load(weights)
 
     def people(self, clip: Clip, frame: int, image: np.ndarray) -> np.ndarray:
         """Masks of the class person."""
         found = self._network.predict(image, threshold=0.4)
-        masks = np.zeros((0, *image.shape[:2]), bool) if found.mask is None else np.asarray(found.mask, bool)
-        return masks[np.asarray(found.class_id) == self._PERSON] if len(masks) else masks
+        named = [] if found.mask is None else zip(found.mask, found.data["class_name"], strict=True)
+        masks = [np.asarray(mask, bool) for mask, name in named if name == _PERSON]
+        return np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
 
     def describe(self) -> dict[str, Any]:
         return {"segmenter": "rfdetr", "weights": Path(self._weights).name}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._weights, self._load)  # the networks themselves cannot be pickled once they ran
 
 
 def _ultralytics(weights: str) -> Any:
@@ -188,10 +215,13 @@ def _ultralytics(weights: str) -> Any:
 
 def _rfdetr(weights: str) -> Any:
     try:
-        from rfdetr import RFDETRSegPreview
+        from rfdetr import RFDETR, RFDETRSegMedium
     except ImportError as error:
         raise ConvertError("RF-DETR takes `pip install fasthmr[rfdetr]` (Apache-2.0)") from error
-    return RFDETRSegPreview(pretrain_weights=weights) if weights else RFDETRSegPreview()
+    network = RFDETR.from_checkpoint(weights) if weights else RFDETRSegMedium()
+    if not network.model_config.segmentation_head:
+        raise ConvertError(f"{weights} finds boxes only: it takes a network with masks, such as rf-detr-seg-medium.pt")
+    return network
 
 
 def load_segmenter(name: str, source: str) -> Segmenter:

@@ -16,7 +16,8 @@ from fasthmr.data.schema import Clip, Gender
 from fasthmr.data.shards import ClipStore
 from fasthmr.evaluation.bodies import require_true_body
 from fasthmr.evaluation.boxes import Detections
-from fasthmr.evaluation.config import TRUE_BOXES, EvaluationConfig
+from fasthmr.evaluation.config import TRUTH, EvaluationConfig
+from fasthmr.evaluation.lenses import Lenses
 
 
 class Seen(NamedTuple):
@@ -47,7 +48,7 @@ class EvaluatedClips(Dataset[Seen]):
 
     Args:
         store: the set.
-        config: which clips and frames, and the boxes.
+        config: which clips and frames, the boxes and the intrinsics.
         bodies: by the gender of labels.
 
     Attributes:
@@ -56,14 +57,16 @@ class EvaluatedClips(Dataset[Seen]):
             or shrunk; 0 with the clips' own boxes.
 
     Raises:
-        ValueError: there is no clip, or one whose true mesh cannot be made, or whose detections cannot be used.
+        ValueError: there is no clip, or one whose true mesh cannot be made, or whose detections or focal length
+            cannot be used.
     """
 
     def __init__(self, store: ClipStore, config: EvaluationConfig, bodies: dict[Gender, BodyModel]) -> None:
         if not len(store):
             raise ValueError(f"{store.folder} has no clips")
         self.store, self.frames_per_clip = store, config.frames_per_clip
-        self.detections = None if config.boxes == TRUE_BOXES else Detections(config.boxes)
+        self.detections = None if config.boxes == TRUTH else Detections(config.boxes)
+        self.lenses = None if config.intrinsics == TRUTH else Lenses(config.intrinsics)
         self.genders: list[Gender] = []
         self.without_box = self.fitted_boxes = 0
         self._numbers: list[int] = []
@@ -78,6 +81,8 @@ class EvaluatedClips(Dataset[Seen]):
                 placed = self.detections.place(clip)
                 self.without_box += int(placed.missing[span].sum())
                 self.fitted_boxes += int(placed.fitted[span].sum())
+            if self.lenses is not None:
+                self.lenses.place(clip)
             self._numbers.append(number)
             self.genders.append(clip.gender)
         if not self._numbers:
@@ -93,9 +98,10 @@ class EvaluatedClips(Dataset[Seen]):
         return Seen(len(clip), start, clip.gender, TrueFrames.of(clip).rows(start, stop), chunks, skip)
 
     def clip(self, index: int) -> Clip:
-        """Clip `index` of those that are evaluated, with the boxes that the network is shown."""
+        """Clip `index` of those that are evaluated, with the boxes and intrinsics that the network is shown."""
         clip = self.store[self._numbers[index]]
-        return clip if self.detections is None else self.detections.place(clip).clip
+        clip = clip if self.detections is None else self.detections.place(clip).clip
+        return clip if self.lenses is None else self.lenses.place(clip)
 
     def find(self, option: str, clip: int | str | None) -> int | None:
         """Where an option's clip is among those that are evaluated, of which it is the number or the key.

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from datamodules.encoding import People, Precision
 from fasthmr.metrics import PROTOCOLS
 
-#: `boxes`: those that the clips were stored with
-TRUE_BOXES = "truth"
+#: `boxes`, `intrinsics`: those that the clips were stored with
+TRUTH = "truth"
+#: `intrinsics`: of each image its diagonal
+DIAGONAL = "diagonal"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class EvaluationConfig:
             given, it is looked for beside the body file.
         boxes: where the network looks: `truth`, the boxes that clips were stored with, or an .npz file of detections
             (docs/evaluate.md).
+        intrinsics: the focal length that CameraHMR is told: `truth`, that of the clips; `diagonal`, of the image; or an
+            .npz file of those of all clips, such as HumanFoV's (docs/evaluate.md).
         precision: of the encoders, bf16 (autocast) or 32; all else is computed in float32.
         mask_people: whose tokens are protected: of the `subject`, or of `all`.
         steps: denoising steps of decoders.
@@ -50,7 +54,8 @@ class EvaluationConfig:
     body_male: str | None = None
     body_female: str | None = None
     regressor: str | None = None
-    boxes: str = TRUE_BOXES
+    boxes: str = TRUTH
+    intrinsics: str = TRUTH
     precision: Precision = "bf16"
     mask_people: People = "subject"
     steps: int = 1

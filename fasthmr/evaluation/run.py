@@ -86,6 +86,7 @@ def evaluate(
             "missing": clips.without_box,
             "fitted": clips.fitted_boxes,
         },
+        "intrinsics": {"source": config.intrinsics, "sha256": clips.lenses and clips.lenses.sha256},
         "config": dict(vars(config)),
         "machine": _machine(device),
         "processes": world_size,
@@ -106,7 +107,7 @@ def evaluate(
     results = _without_nan(results)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_files(out, results, errors, measured, clips, body)
+        write_files(out, results, errors, measured, clips, bodies)
     return results
 
 

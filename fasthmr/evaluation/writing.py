@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from fasthmr.charts import (
 )
 from fasthmr.comparison import TRUE_JITTER, SequenceErrors, sequences_csv, tables
 from fasthmr.conventions import JOINTS24
+from fasthmr.data.schema import Gender
 from fasthmr.evaluation.clips import EvaluatedClips
+from fasthmr.evaluation.config import DIAGONAL, TRUTH
 from fasthmr.evaluation.measuring import Measured
 from fasthmr.files import write_text
 from fasthmr.metrics import PROTOCOLS
@@ -38,6 +39,7 @@ def describe(results: Mapping[str, Any]) -> str:
         f"{data['frames']} frames, {data['labelled']} of them with labels.",
         f"Bodies: predictions {results['body']}; ground truth {truth}.",
         f"Boxes: {_boxes(results['boxes'])}. Flip test: none.",
+        f"Focal lengths, which CameraHMR is told: {_lenses(results['intrinsics'])}.",
         f"Encoders in {config['precision']} on {machine['device']} ({machine['name']}), decoders in "
         f"{_counted(config['steps'], 'step')} of float32; {_counted(results['processes'], 'process', 'processes')}.",
     ]
@@ -72,7 +74,7 @@ def write_files(
     errors: Mapping[str, Sequence[SequenceErrors]],
     measured: Sequence[Measured],
     clips: EvaluatedClips,
-    body: BodyModel,
+    bodies: Mapping[Gender, BodyModel],
 ) -> None:
     """Every file whole; of those that an earlier evaluation wrote here, none stays beside this one's.
 
@@ -82,7 +84,7 @@ def write_files(
         errors: of every system.
         measured: of every clip.
         clips: those.
-        body: of the systems.
+        bodies: of the systems ("neutral"), and of every clip's labels.
     """
     systems = results["systems"]
     (curves,) = (one.curves for one in measured if one.curves is not None)
@@ -103,9 +105,7 @@ def write_files(
     for number, one in enumerate(measured):
         if one.motions is not None:
             clip = clips.clip(number)
-            if clip.gender != "neutral":  # it knows one body, and would draw a wrong mesh of these labels
-                clip = replace(clip, body=None, status={**clip.status, "pose": "missing"})
-            write_side_by_side(out / VIDEO, clip, one.motions, body)
+            write_side_by_side(out / VIDEO, clip, one.motions, bodies["neutral"], bodies[clip.gender])
     write_text(out / SEQUENCES, sequences_csv(errors))
     write_text(out / TABLE, describe(results))
     write_text(out / RESULTS, json.dumps(results, indent=1))
@@ -119,6 +119,13 @@ def _boxes(boxes: Mapping[str, Any]) -> str:
         f"detections of {boxes['source']} (sha256 {boxes['sha256'][:16]}); {_counted(boxes['missing'], 'frame')} had "
         f"none and took one between their neighbours', {boxes['fitted']} were moved or shrunk into the stored crop"
     )
+
+
+def _lenses(intrinsics: Mapping[str, Any]) -> str:
+    """Where focal lengths are from, in words."""
+    source, sha256 = intrinsics["source"], intrinsics["sha256"]
+    named = {TRUTH: "ground truth, as stored with the clips", DIAGONAL: "the images' diagonals"}
+    return f"of {source} (sha256 {sha256[:16]})" if sha256 else named[source]
 
 
 def _counted(count: int, one: str, many: str = "") -> str:

@@ -93,6 +93,8 @@ class CameraHmr(Bedlam):
 class _Scene:
     """The tracks of an npz; a track is made when it is asked for, because a file may have a million rows."""
 
+    unlabelled = ()  # what is no row is not known
+
     def __init__(self, foreign: Bedlam, unit: str) -> None:
         self._foreign, self._unit = foreign, unit
         self.name = PurePosixPath(unit).stem.removesuffix("-release")

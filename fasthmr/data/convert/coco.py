@@ -27,8 +27,8 @@ class Image:
     label: Mapping[str, Any]
 
 
-def images_of(content: Mapping[str, Any], where: str) -> list[Image]:
-    """Pictures with one annotation each; those without are left out.
+def images_of(content: Mapping[str, Any], where: str, unlabelled: list[str]) -> list[Image]:
+    """Pictures with one annotation each; the names of those without are added to `unlabelled`.
 
     Raises:
         ConvertError: it is not of this layout, or a picture has two annotations.
@@ -41,10 +41,11 @@ def images_of(content: Mapping[str, Any], where: str) -> list[Image]:
         if len(labels) < len(annotations):
             twice = Counter(label["image_id"] for label in annotations).most_common(1)[0][0]
             raise ConvertError(f"{where}: image {twice} has several annotations; of each, one person is labelled")
-        found = [(str(i["file_name"]), i, labels[i["id"]]) for i in images if i["id"] in labels]
+        found = [(str(i["file_name"]), i, labels.get(i["id"])) for i in images]
     except (KeyError, TypeError) as error:
         raise ConvertError(f"{where}: an image or annotation lacks {error}: it is not COCO's layout") from error
-    return [Image(name, _number(name, where), about, label) for name, about, label in found]
+    unlabelled += [name for name, _, label in found if label is None]
+    return [Image(name, _number(name, where), about, label) for name, about, label in found if label is not None]
 
 
 def sequences(images: Sequence[Image]) -> Iterator[tuple[str, list[Image]]]:

@@ -20,7 +20,7 @@ import numpy as np
 from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
 from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_pickle
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import GENDERS, Track, Tracks, clean_key, gender_of, square_of_corners
+from fasthmr.data.convert.track import GENDERS, Track, TrackList, Tracks, clean_key, gender_of, square_of_corners
 
 _SITE = "https://eth-ait.github.io/emdb"
 
@@ -52,8 +52,8 @@ class Emdb:
             if self.split not in labels:
                 raise ConvertError(f"{unit} has no {self.split!r}; it has {', '.join(sorted(map(str, labels)))}")
             if not bool(labels[self.split]):
-                return []
-        return [_track(labels, unit)]
+                return TrackList([])
+        return TrackList([_track(labels, unit)])
 
 
 def _track(labels: Mapping[str, Any], unit: str) -> Track:

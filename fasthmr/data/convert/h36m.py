@@ -27,7 +27,7 @@ from fasthmr.data.convert.coco import Image, boxes, images_of, runs, sequences
 from fasthmr.data.convert.neural_annot import FITS, fitted_track, pinhole
 from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_json
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, Tracks, clean_key
+from fasthmr.data.convert.track import Track, TrackList, Tracks, clean_key
 
 _SITE = "http://vision.imar.ro/human3.6m"
 _HYBRIK = "https://github.com/Jeff-sjtu/HybrIK"
@@ -67,15 +67,16 @@ class Human36M:
 
     def open(self, unit: str) -> Tracks:
         path = inside(self.root, unit)
-        return list(_fitted(path, unit) if unit.endswith("_SMPL_NeuralAnnot.json") else _annotated(path, unit))
+        read, without = _fitted if unit.endswith("_SMPL_NeuralAnnot.json") else _annotated, list[str]()
+        return TrackList(read(path, unit, without), without)
 
     def _hybrik(self) -> list[Path]:
         return sorted(self.root.glob(f"annotations/*{self.split}*.json"))
 
 
-def _annotated(path: Path, unit: str) -> Iterator[Track]:
-    """HybrIK's labels."""
-    for folder, images in sequences(images_of(read_json(path), unit)):
+def _annotated(path: Path, unit: str, unlabelled: list[str]) -> Iterator[Track]:
+    """HybrIK's labels; the names of pictures without are added to `unlabelled`."""
+    for folder, images in sequences(images_of(read_json(path), unit, unlabelled)):
         for run, step in runs(images):
             frames = len(run)
             where = f"{unit}: {folder}"
@@ -102,13 +103,13 @@ def _annotated(path: Path, unit: str) -> Iterator[Track]:
             )
 
 
-def _fitted(path: Path, unit: str) -> Iterator[Track]:
-    """NeuralAnnot's labels."""
+def _fitted(path: Path, unit: str, unlabelled: list[str]) -> Iterator[Track]:
+    """NeuralAnnot's labels; the names of pictures without are added to `unlabelled`."""
     fits = read_json(path)
     beside = unit.removesuffix("_SMPL_NeuralAnnot.json")
     stem = path.name.removesuffix("_SMPL_NeuralAnnot.json")
     data, cameras = (read_json(path.with_name(f"{stem}_{kind}.json")) for kind in ("data", "camera"))
-    for folder, images in sequences(images_of(data, f"{beside}_data.json")):
+    for folder, images in sequences(images_of(data, f"{beside}_data.json", unlabelled)):
 
         def fit(image: Image) -> Mapping[str, Any] | None:
             found: Any = fits
@@ -116,6 +117,7 @@ def _fitted(path: Path, unit: str) -> Iterator[Track]:
                 found = found.get(str(image.about.get(name))) if isinstance(found, dict) else None
             return found
 
+        unlabelled += [image.name for image in images if fit(image) is None]
         for run, step in runs([image for image in images if fit(image) is not None]):
             number = str(run[0].about.get("cam_idx"))
             if number not in cameras:

@@ -92,13 +92,16 @@ class _Tar:
             key = str(PurePosixPath(name).parent / stem)
             members.setdefault(key, {})[extension] = (offset, size)
         self._samples: list[_Sample | ConvertError] = []
+        self.unlabelled: list[str] = []
         for key, files in members.items():
             try:
-                self._samples += self._people(key, files)
+                people = self._people(key, files)
             except ConvertError as error:
-                self._samples.append(error)
+                people = [error]
+            self._samples += people
+            self.unlabelled += [] if people else [f"{unit}: {key}"]
 
-    def _people(self, key: str, files: Mapping[str, tuple[int, int]]) -> list[_Sample]:
+    def _people(self, key: str, files: Mapping[str, tuple[int, int]]) -> list[_Sample | ConvertError]:
         where = f"{self._path}: {key}"
         found = [files[extension] for extension in _PICTURES if extension in files]
         if not found or _LABELS not in files:

@@ -37,7 +37,7 @@ from fasthmr.data.convert.keypoints import FROM_3DHP_28, FROM_24, FROM_H36M_17, 
 from fasthmr.data.convert.neural_annot import FITS, fitted_track
 from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_json, read_npz, text
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, Tracks, clean_key
+from fasthmr.data.convert.track import Track, TrackList, Tracks, clean_key
 from fasthmr.data.crops import CROP_SCALE
 
 _SITE = "https://vcai.mpi-inf.mpg.de/3dhp-dataset"
@@ -92,10 +92,14 @@ class MpiInf3dhp:
     def open(self, unit: str) -> Tracks:
         path = inside(self.root, unit)
         readers = {"raw": _raw, "neural_annot": _fitted, "hybrik": _annotated, "spin": _spin}
-        return list(readers[self.split](path, unit))
+        without: list[str] = []
+        return TrackList(readers[self.split](path, unit, without), without)
 
 
-def _raw(path: Path, unit: str) -> Iterator[Track]:
+# Each gives the tracks of a label file, and adds the names of pictures that have no labels to `unlabelled`.
+
+
+def _raw(path: Path, unit: str, unlabelled: list[str]) -> Iterator[Track]:
     if path.stat().st_size > _MAX_MAT_BYTES:
         raise ConvertError(f"{path} has {path.stat().st_size} bytes, more than {_MAX_MAT_BYTES}")
     try:
@@ -117,6 +121,7 @@ def _raw(path: Path, unit: str) -> Iterator[Track]:
         points = numbers(cells, "annot2", (None, 2 * _JOINTS), where).reshape(-1, _JOINTS, 2)
         places = numbers(cells, "annot3", (len(points), 3 * _JOINTS), where).reshape(-1, _JOINTS, 3) / 1000
         frames = min(len(points), len(pictures))
+        unlabelled += [(video / picture.name).as_posix() for picture in pictures[frames:]]
         yield Track(
             key=clean_key(f"3dhp-{folder.parent.name}_{folder.name}_{number}"),
             source=f"3dhp:{video}",
@@ -148,7 +153,7 @@ def _calibration(path: Path) -> list[np.ndarray]:
         raise ConvertError(f"{path} cannot be read: {error}") from error
 
 
-def _fitted(path: Path, unit: str) -> Iterator[Track]:
+def _fitted(path: Path, unit: str, unlabelled: list[str]) -> Iterator[Track]:
     fits, cameras = read_json(path), read_json(path.with_name("MPI-INF-3DHP_camera_1k.json"))
     data = read_json(path.with_name("MPI-INF-3DHP_1k.json"))
 
@@ -157,9 +162,10 @@ def _fitted(path: Path, unit: str) -> Iterator[Track]:
             tree = tree.get(str(image.about.get(name))) if isinstance(tree, dict) else None
         return tree
 
-    for folder, images in sequences(images_of(data, "MPI-INF-3DHP_1k.json")):
-        with_fit = [image for image in images if find(fits, image, "subject_idx", "seq_idx", "frame_idx")]
-        for run, step in runs(with_fit):
+    for folder, images in sequences(images_of(data, "MPI-INF-3DHP_1k.json", unlabelled)):
+        fitted = [bool(find(fits, image, "subject_idx", "seq_idx", "frame_idx")) for image in images]
+        unlabelled += [image.name for image, there in zip(images, fitted, strict=True) if not there]
+        for run, step in runs(list(itertools.compress(images, fitted))):
             where = f"{unit}: {folder}"
             camera = find(cameras, run[0], "subject_idx", "seq_idx", "cam_idx")
             if not isinstance(camera, dict):
@@ -176,8 +182,8 @@ def _fitted(path: Path, unit: str) -> Iterator[Track]:
             )
 
 
-def _annotated(path: Path, unit: str) -> Iterator[Track]:
-    for folder, images in sequences(images_of(read_json(path), unit)):
+def _annotated(path: Path, unit: str, unlabelled: list[str]) -> Iterator[Track]:
+    for folder, images in sequences(images_of(read_json(path), unit, unlabelled)):
         for run, step in runs(images):
             where = f"{unit}: {folder}"
             labels: list[Mapping[str, Any]] = [image.label for image in run]
@@ -202,9 +208,11 @@ def _annotated(path: Path, unit: str) -> Iterator[Track]:
             )
 
 
-def _spin(path: Path, unit: str) -> Iterator[Track]:
+def _spin(path: Path, unit: str, unlabelled: list[str]) -> Iterator[Track]:
     """Every row is a still: SPIN's files hold every tenth or so of the films' pictures, in no order."""
     labels = read_npz(path, ("imgname", "center", "scale"), ("S", "part", "pose", "shape", "has_smpl"))
+    if not {"S", "part", "pose"} & labels.keys():
+        raise ConvertError(f"{unit} has none of the labels S, part and pose: it is no file of SPIN's")
     count = len(labels["imgname"])
     center = numbers(labels, "center", (count, 2), unit)
     size = 200 * numbers(labels, "scale", (count,), unit) / CROP_SCALE

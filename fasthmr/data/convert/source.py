@@ -20,18 +20,18 @@ from tqdm import tqdm
 
 from fasthmr.body import BodyModel
 from fasthmr.data.convert.reading import ConvertError, inside
-from fasthmr.data.convert.track import Crops, Tracks, make_clips
+from fasthmr.data.convert.track import OFF, UNUSABLE_FRAME, Crops, Tracks, make_clips
 from fasthmr.data.index import Manifest, ShardIndex
 from fasthmr.data.schema import Clip, Gender
 from fasthmr.data.shards import Dropped
 
 #: raised whenever the same download gives other clips than before
-_VERSION = 2
+_VERSION = 3
 #: how many of a kind are named in a report
 _NAMED = 5
 #: name of the report in a converted set
 REPORT = "report.json"
-MISSING, UNUSABLE = "missing picture", "labels that cannot be used"
+MISSING, UNUSABLE, UNLABELLED = "missing picture", "labels that cannot be used", "picture without labels"
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,14 @@ def check(foreign: ForeignSet) -> None:
 
 @dataclass
 class Report:
-    """What became of a download. `dropped`: reason -> how often; `named`: reason -> the first few."""
+    """What became of a download. `dropped`: reason -> how often; `named`: reason -> the first few;
+    `frames_without_labels`: reason -> how many frames are kept with `valid` off. Each frame counts once."""
 
     units: int = 0
     tracks: int = 0
     clips: int = 0
     frames: int = 0
-    frames_without_labels: int = 0
+    frames_without_labels: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     named: dict[str, list[str]] = field(default_factory=dict)
 
@@ -121,8 +122,9 @@ class Report:
 
     def add(self, other: Report) -> None:
         """Add what another job counted."""
-        for name in ("units", "tracks", "clips", "frames", "frames_without_labels"):
+        for name in ("units", "tracks", "clips", "frames"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.frames_without_labels.update(other.frames_without_labels)
         for reason, times in other.dropped.items():
             self.dropped[reason] += times
             self.named[reason] = (self.named.get(reason, []) + other.named.get(reason, []))[:_NAMED]
@@ -130,8 +132,8 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report for people."""
         yield f"{self.units} label files, {self.tracks} tracks -> {self.clips} clips, {self.frames} frames"
-        if self.frames_without_labels:
-            yield f"{self.frames_without_labels} frames are kept without labels: the set says so, or they hold NaN"
+        for reason, times in sorted(self.frames_without_labels.items()):
+            yield f"kept without labels: {times} frames: {reason}"
         for reason, times in sorted(self.dropped.items()):
             more = ", ..." if times > len(self.named[reason]) else ""
             yield f"left out: {times} x {reason}: {', '.join(self.named[reason])}{more}"
@@ -139,7 +141,7 @@ class Report:
     @classmethod
     def read(cls, folder: Path) -> Report:
         content = json.loads((folder / REPORT).read_text())
-        return cls(**content | {"dropped": Counter(content["dropped"])})
+        return cls(**content | {name: Counter(content[name]) for name in ("dropped", "frames_without_labels")})
 
     def to_json(self) -> str:
         return json.dumps(vars(self), indent=1)
@@ -220,8 +222,11 @@ def _plan_unit(job: tuple[ForeignSet, str, int]) -> tuple[Plan, list[str]]:
         pieces += [_Piece(unit, number, first, last) for first, last in found]
         report.clips += len(found)
         report.frames += int(usable.sum())
-        report.frames_without_labels += int((usable & ~track.labelled()).sum())
+        if without := int((usable & ~track.labelled()).sum()):
+            report.frames_without_labels[UNUSABLE_FRAME] += without
         genders.add(track.gender)
+    for name in tracks.unlabelled:
+        report.drop(UNLABELLED, name)
     return Plan(pieces, sorted(genders), report), keys
 
 
@@ -304,12 +309,16 @@ class ConvertedSource:
 
 
 def written_report(planned: Report, folder: Path, manifest: Manifest) -> Report:
-    """The plan's report, with what writing the shards left out, and what they hold."""
+    """The plan's report, with what writing the shards left out or switched off, and what they hold."""
     total = Report()
     total.add(planned)
     total.clips, total.frames = manifest.clips, manifest.frames
+    total.frames_without_labels.clear()  # the plan knew fewer reasons, and counted clips that were left out
     for name in sorted(manifest.shards):
         for why in ShardIndex.read(folder / name).dropped:
+            if off := OFF.match(why):
+                total.frames_without_labels[off["reason"]] += int(off["times"])
+                continue
             reason, _, what = why.partition(": ")
             total.drop(reason, what)
     return total

@@ -20,7 +20,7 @@ import numpy as np
 from fasthmr.conventions import NUM_BETAS, NUM_JOINTS
 from fasthmr.data.convert.reading import ConvertError, Picture, inside, numbers, read_pickle
 from fasthmr.data.convert.source import Need
-from fasthmr.data.convert.track import Track, Tracks, clean_key, gender_of
+from fasthmr.data.convert.track import Track, TrackList, Tracks, clean_key, gender_of
 from fasthmr.data.schema import Gender
 
 _SITE = "https://virtualhumans.mpi-inf.mpg.de/3DPW"
@@ -50,7 +50,7 @@ class ThreeDPW:
         return [p.relative_to(self.root).as_posix() for p in found]
 
     def open(self, unit: str) -> Tracks:
-        return list(_tracks(self.root, unit))
+        return TrackList(_tracks(self.root, unit))
 
 
 def _tracks(root: Path, unit: str) -> Iterator[Track]:

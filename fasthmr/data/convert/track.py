@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,12 @@ _POSED_AT_ONCE = 64
 _LONGEST_KEY = 74
 #: betas that differ by less are the same
 _SAME_BETA = 1e-5
+
+#: why a frame stays in its clip with `valid` off; the first one that applies
+UNUSABLE_FRAME = "the set says so, or they hold NaN"
+_CAMERA, _BEHIND, _AWAY = "the camera's rotation is none", "the person is behind the camera", "nobody in the picture"
+#: what `Dropped` says of such frames of a clip that is kept
+OFF = re.compile(r"kept without labels: (?P<times>\d+) frames: (?P<reason>[^:]*): ")
 
 #: what sets that use whole words call them
 GENDERS: dict[str, Gender] = {"neutral": "neutral", "male": "male", "female": "female"}
@@ -160,7 +166,14 @@ class Track:
 
 
 class Tracks(Protocol):
-    """Tracks by number; a list of them, or ones that are made when they are asked for."""
+    """Tracks by number; all there at once, or made when they are asked for.
+
+    Attributes:
+        unlabelled: names of pictures that come with the labels, but have none themselves.
+    """
+
+    @property
+    def unlabelled(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -171,6 +184,14 @@ class Tracks(Protocol):
             ConvertError: its labels cannot be used; the other tracks can.
         """
         ...
+
+
+class TrackList(list[Track]):
+    """Tracks that are all there at once."""
+
+    def __init__(self, tracks: Iterable[Track], unlabelled: Sequence[str] = ()) -> None:
+        super().__init__(tracks)
+        self.unlabelled = unlabelled
 
 
 def gender_of(value: Any, genders: Mapping[str, Gender], where: str) -> Gender:
@@ -219,13 +240,13 @@ def make_clips(
     """
     part = track.part(first, last)
     try:
-        return [_make_clip(part, root, bodies, crops)]
+        return _make_clip(part, root, bodies, crops)
     except ConvertError:
         harm = [_harm(part, frame, root) for frame in range(len(part))]
         left_out = [Dropped(f"a picture or mask that cannot be used: {why}") for why in harm if why]
         pieces = part.pieces(0, np.array([not why for why in harm]))
         clips = [_make_clip(track.part(first + start, first + end), root, bodies, crops) for start, end in pieces]
-        return [*clips, *left_out]
+        return [*chain.from_iterable(clips), *left_out]
 
 
 def _harm(track: Track, frame: int, root: Path) -> str:
@@ -237,8 +258,8 @@ def _harm(track: Track, frame: int, root: Path) -> str:
     return ""
 
 
-def _make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], crops: Crops) -> Clip | Dropped:
-    """The clip of a track; or why there is none.
+def _make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], crops: Crops) -> list[Clip | Dropped]:
+    """The clip of a track, and which of its frames are off; or why there is none.
 
     Raises:
         ConvertError: a picture or mask cannot be used.
@@ -246,18 +267,19 @@ def _make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], cro
     first = _upright(root, track, 0)
     labels = _Labels.of(track, bodies, np.array([first.shape[1], first.shape[0]]))
     if not labels.valid.any():
-        return Dropped(f"no frame with labels of somebody in the picture: {track.key}")
+        return [Dropped(f"no frame with labels of somebody in the picture: {track.key}")]
     crop_from_image = crop_affine(labels.center, STORED_SCALE * labels.size, crops.crop_px)
     images, masks = [], []
     for frame in range(len(track)):
         image = _upright(root, track, frame) if frame else first
         if image.shape != first.shape:
-            return Dropped(f"pictures of different sizes: {track.key}: {first.shape[:2]} and {image.shape[:2]} px")
+            return [Dropped(f"pictures of different sizes: {track.key}: {first.shape[:2]} and {image.shape[:2]} px")]
         images.append(cut_stored(image, crop_from_image[frame], crops.crop_px))
         mask = _mask(track, frame, image)
         side = (crops.crop_px, crops.crop_px)
         masks.append(cv2.warpAffine(mask, crop_from_image[frame], side, flags=cv2.INTER_NEAREST))
-    return Clip(
+    off = [Dropped(f"kept without labels: {times} frames: {why}: {track.key}") for why, times in labels.off.items()]
+    clip = Clip(
         key=track.key,
         source=track.source,
         fps=track.fps,
@@ -274,6 +296,7 @@ def _make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], cro
         status=labels.status,
         full_frames=None,
     )
+    return [clip, *off]
 
 
 def _upright(root: Path, track: Track, frame: int) -> np.ndarray:
@@ -296,21 +319,24 @@ def _mask(track: Track, frame: int, image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Labels:
-    """A clip's labels in the camera frame."""
+    """A clip's labels in the camera frame. `off`: why frames are not valid -> how many."""
 
     body: str | None
     arrays: dict[str, np.ndarray]
     status: dict[str, Status]
     valid: np.ndarray
+    off: dict[str, int]
     center: np.ndarray
     size: np.ndarray
 
     @classmethod
     def of(cls, track: Track, bodies: Mapping[Gender, BodyModel], image_size: np.ndarray) -> _Labels:
         given, valid = track.given(), track.labelled()
+        stages = [(UNUSABLE_FRAME, valid)]
         status: dict[str, Status] = {name: track.status.get(name, "ground_truth") for name in LABELS}
         body = bodies[track.gender] if {"pose", "betas"} & given.keys() else None
-        given, valid = _in_camera(given, valid)
+        given, proper = _in_camera(given, len(track))
+        stages.append((_CAMERA, valid := valid & proper))
         if "betas" in given and body is not None:
             known = given["betas"][valid] if valid.any() else given["betas"]
             status["betas"] = status["betas"] if np.ptp(known, axis=0).max() < _SAME_BETA else "pseudo"
@@ -321,7 +347,7 @@ class _Labels:
         if body is not None and {"pose", "betas", "translation"} <= given.keys():
             without_box = "size" not in given or bool((given["size"] < _SMALLEST_BOX_PX).any())
             joints, vertices = _posed(given, body, with_vertices=without_box)
-            valid = valid & (joints[:, :, 2].min(1) > _NEAREST_M)
+            stages.append((_BEHIND, valid := valid & (joints[:, :, 2].min(1) > _NEAREST_M)))
             given.setdefault("joints3d", np.concatenate([joints, np.ones((*joints.shape[:2], 1))], -1))
         if {"joints3d", "intrinsics"} <= given.keys() and "joints2d" not in given:
             pixels = _projected(given["joints3d"][..., :3], given["intrinsics"])
@@ -329,8 +355,10 @@ class _Labels:
             confidence = inside * given["joints3d"][..., 3]
             given["joints2d"] = np.concatenate([pixels, confidence[..., None]], -1)
         center, size, seen = _boxes(given, vertices, image_size)
-        valid = valid & seen
+        stages.append((_AWAY, valid := valid & seen))
         frames = len(track)
+        left = [frames, *(int(still.sum()) for _, still in stages)]
+        off = {why: a - b for (why, _), (a, b) in zip(stages, pairwise(left), strict=True) if a > b}
         arrays = {}
         for name in _STORED:
             if name not in given:
@@ -338,14 +366,15 @@ class _Labels:
             value = given.get(name, np.zeros((frames, *_ARRAYS[name])))
             arrays[name] = (value[int(valid.argmax())] if name in _OF_A_CLIP else value).astype(np.float32)
         status["masks"] = "missing" if track.mask is None else status["masks"]
-        return cls(body.id if body else None, arrays, status, valid, *_filled(center, size, valid))
+        return cls(body.id if body else None, arrays, status, valid, off, *_filled(center, size, valid))
 
 
-def _in_camera(given: dict[str, np.ndarray], valid: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Root rotation turned into the camera frame. Translations follow in `_one_shape`, which knows the pelvis."""
+def _in_camera(given: dict[str, np.ndarray], frames: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Root rotation turned into the camera frame, and (T,) where that is possible. Translations follow in `_one_shape`,
+    which knows the pelvis."""
     given = dict(given)
     if "cam_from_world" not in given:
-        return given, valid
+        return given, np.ones(frames, bool)
     turn = given["cam_from_world"][:, :3, :3]
     proper = np.abs(turn @ turn.swapaxes(1, 2) - np.eye(3)).max((1, 2)) < 1e-2
     proper &= np.linalg.det(turn) > 0
@@ -355,7 +384,7 @@ def _in_camera(given: dict[str, np.ndarray], valid: np.ndarray) -> tuple[dict[st
         pose = given["pose"].copy()
         pose[:, 0] = (Rotation.from_matrix(turn) * Rotation.from_rotvec(pose[:, 0])).as_rotvec()
         given["pose"] = pose
-    return given, valid & proper
+    return given, proper
 
 
 def _one_shape(given: dict[str, np.ndarray], mean: np.ndarray, body: BodyModel) -> dict[str, np.ndarray]:
@@ -427,7 +456,7 @@ def _boxes(
             points = _projected(vertices[frame], given["intrinsics"][frame])
         elif "joints2d" in given:
             points = given["joints2d"][frame][given["joints2d"][frame, :, 2] > 0, :2]
-        if len(points):
+        if ((points >= 0) & (points <= image_size - 1)).all(1).any():  # or it would be a box on the picture's edge
             padding = 1.0 if vertices is not None else _BOX_OVER_JOINTS
             center[frame], size[frame] = square_box(np.clip(points, 0, image_size - 1), padding)
     overlap = (center + size[:, None] / 2 > 0) & (center - size[:, None] / 2 < image_size - 1)
