@@ -70,8 +70,8 @@ class ClipDataModule(L.LightningDataModule):
         shuffle_buffer: when streaming, clips that each worker reads ahead and shuffles together.
         resample: when streaming, each worker draws shards with replacement; off: in each pass they are dealt out to the
             workers of all ranks, and there must be one for each.
-        max_damaged: when streaming, damaged clips that a rank may skip in an epoch; one more is an error. The clip
-            after it is shown in its place. A run that goes on in the midst of an epoch counts from there.
+        max_damaged: when streaming, damaged clips that a rank may skip in an epoch; one more is an error. Another
+            of its shard is shown in its place. A run that goes on in the midst of an epoch counts from there.
         shard_cache: where shards are kept that `train` or `val` name by URL or by a command (docs/shards.md).
         weights: of the sets of a mixture, by name; their shares of the samples are proportional.
     """

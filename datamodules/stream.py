@@ -9,8 +9,8 @@ one for each. Either way an epoch is a fixed number of batches per rank, so that
 A rank has as many streams as loader workers, and they never end: batch n of the run is the next of stream n % workers.
 The clips of a stream are shuffled in windows, so where a batch begins follows from n and the sizes of the shards: a
 resumed run counts its way there, without reading, and is shown what an uninterrupted one is. Frames and augmentation
-of a sample follow from n and its place in the batch, and a damaged clip's place is taken by the clip after it, so
-nothing of it depends on what was read before.
+of a sample follow from n and its place in the batch, and a damaged clip's place is taken by another clip of its
+shard, so nothing of it depends on what was read before.
 
 WebDataset makes the pipeline, but its tar reader would parse, and unpack, what others sent: members are found by the
 shard's index, as they are at random, which also takes a seventh of its time. Its shuffle cannot be entered midway.
@@ -136,19 +136,26 @@ class Streams:
     def _sample(
         self, clip: int, members: dict[str, str | bytes], rng: np.random.Generator
     ) -> tuple[ClipSample, list[str]]:
-        """A sample of a clip, or if that is damaged of the next whole one in the set, and what is wrong with it."""
+        """A sample of a clip, or if that is damaged of the next whole one, and what is wrong with all before that."""
         damaged: list[str] = []
+        substitutes = self._substitutes(clip)
         while True:
             try:
                 decoded = decode_sample(members)
                 frame_index = stratified_frames(len(decoded), self.sampling.frames, rng)
                 sample = make_sample(decoded, frame_index, rng, self.sampling.augmentation, self.sampling.crop_scale)
-                return sample, damaged[:1]
+                return sample, damaged
             except ClipError as error:
                 damaged.append(f"{self.store.shard_of(clip)}: {error}")
                 _require_few(len(damaged), self.max_damaged, damaged[-1])
-            clip = (clip + 1) % len(self.store)
+            clip = next(substitutes, clip)
             members = self.store.members(clip)
+
+    def _substitutes(self, clip: int) -> Iterator[int]:
+        """All other clips; first those of the same shard, which is at hand."""
+        own = self.store.clips_of(self.store.shard_number(clip))
+        yield from (*range(clip + 1, own.stop), *range(own.start, clip))
+        yield from itertools.chain(range(own.stop, len(self.store)), range(own.start))
 
     def _generator(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *purpose])

@@ -24,6 +24,7 @@ LAST_CHECKPOINT = "checkpoints/last.ckpt"  # what an interrupted run goes on fro
 LAST, AUTO = "last", "auto"
 
 #: Keys, or patterns of them, that only watch a run, or say how fast it goes: they change nothing that it ends with.
+#: (Where training clips are streamed, `workers` does: the data module refuses to go on with others.)
 ONLY_WATCH = (
     "data.init_args.workers", "data.init_args.val_batch_size", "trainer.log_every_n_steps",
     "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.logger.*",

@@ -238,11 +238,19 @@ def test_a_cache_on_a_disk_that_is_too_small(server: FaultyServer, disk: Disk, i
     assert len(list(ClipStore(place, cache, in_sequence))) == 7, "what is there needs no room"
 
 
+def test_on_a_full_disk_other_sets_make_room(server: FaultyServer, folder: Path, disk: Disk) -> None:
+    make_set(folder.parent / "other", 8)
+    cache = ShardCache(str(disk("size=50M")))
+    fetch_all(f"{server.url}/other", cache)
+    fill(cache.root, leaving=100_000)
+    assert len(list(ClipStore(f"{server.url}/set", cache))) == 7
+
+
 def test_a_disk_that_fills_up_meanwhile(server: FaultyServer, disk: Disk) -> None:
     cache = ShardCache(str(disk("size=50M")))
     store = ClipStore(f"{server.url}/set", cache)
     fill(cache.root, leaving=8192)
-    with pytest.raises(ShardError, match=r"cannot write into the cache .*: No space left on device; free some space"):
+    with pytest.raises(ShardError, match=r"its disk has .* GB free, too little for the shards .* or free some space"):
         store[0]
     assert tars_in(cache) == [] and unfinished_in(cache) == []
     (cache.root / "other").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import urllib.error
@@ -168,6 +169,21 @@ def test_a_command_that_hangs_is_ended_with_its_children(cache: ShardCache, tmp_
     sleeper = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
     time.sleep(0.05)
     assert not sleeper.exists() or sleeper.read_text().split()[2] == "Z"
+
+
+def test_a_command_that_trickles_is_ended_before_it_is_tried_again(
+    folder: Path, cache: ShardCache, tmp_path: Path
+) -> None:
+    script = tmp_path / "slow.sh"
+    script.write_text(
+        f"kill -0 $(cat {tmp_path}/pid) && touch {tmp_path}/alive; echo $$ > {tmp_path}/pid\n"
+        "while sleep 0.1; do printf x; done"
+    )
+    with pytest.raises(ShardError, match=r"attempt 2 of 2 .* only \d+ bytes in .* giving up"):
+        ClipStore(f"pipe:sh {script} {{name}}", replace(cache, attempts=2, timeout_s=0.5))
+    assert not (tmp_path / "alive").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -91,6 +93,18 @@ def test_a_damaged_clip_is_named_with_its_shard(folder: Path) -> None:
     assert store[2].key == "drawn-002"
     with pytest.raises(ClipError, match=r"shard-000001.tar: clip drawn-003: its labels are damaged"):
         store[3]
+
+
+def test_a_disk_that_cannot_read_is_named_with_clip_and_shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    store = ClipStore(folder)
+    monkeypatch.setattr(os, "pread", broken)
+    for read in (lambda: store[3], lambda: next(store.read_shard(1, skip=1))):
+        with pytest.raises(ShardError, match=r"clip drawn-003 in .*shard-000001.tar cannot be read \(Input/output"):
+            read()
+    assert any("Input/output error" in found for found in verify_shards(folder))
 
 
 def test_a_shard_that_is_cut_after_it_was_opened(folder: Path) -> None:

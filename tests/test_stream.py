@@ -171,7 +171,7 @@ def test_damaged_clips_are_named_counted_and_skipped(
     damage(folder, TARS[3], 1)
     with caplog.at_level("WARNING"):
         after = keys(stream(folder, 16, workers=workers, max_damaged=50))
-    assert after == ["clip008" if key == "clip007" else key for key in before], "the next one is shown instead"
+    assert after == ["clip006" if key == "clip007" else key for key in before], "the other one of its shard is shown"
     assert len(caplog.messages) == before.count("clip007") > 0
     told = f"rank 0 skips a damaged clip, 1 of 50: {folder / TARS[3]}: clip clip007: its labels are damaged"
     assert told in caplog.messages[0]
@@ -181,6 +181,17 @@ def test_a_clip_of_a_batch_of_one_is_replaced_too(folder: Path) -> None:
     damage(folder, TARS[6], 0)  # the set's last clip
     shown = keys(stream(folder, 30, batch_size=1, window=1, max_damaged=30))
     assert "clip012" not in shown and len(shown) == 30
+
+
+def test_a_clip_whose_shard_is_all_damaged_is_replaced_from_the_next_and_all_are_counted(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = keys(stream(folder, 16))
+    damage(folder, TARS[3], 0, 1)
+    with caplog.at_level("WARNING"):
+        after = keys(stream(folder, 16, max_damaged=50))
+    assert after == ["clip008" if key in ("clip006", "clip007") else key for key in before]
+    assert len(caplog.messages) == 2 * (before.count("clip006") + before.count("clip007")) > 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -25,7 +25,6 @@ import http.client
 import itertools
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -39,9 +38,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -158,7 +157,7 @@ class RemoteSet:
         """
         root = self.cache.root
         files = itertools.chain(root.glob(_UNFINISHED), root.glob(_SHARDS))
-        room = sum(state.st_size for _, state in _sizes(files)) + shutil.disk_usage(root).free
+        room = sum(map(_written, _sizes(files))) + shutil.disk_usage(root).free
         if min(size, self.cache.bytes) > room:
             raise ShardError(
                 f"{size / 1e9:.3g} GB of shards are to be read, and the cache {root} may hold "
@@ -204,9 +203,10 @@ class RemoteSet:
                 def receive() -> None:
                     file.seek(0)
                     sha256 = hashlib.sha256()
-                    for block in self._blocks(name, size):
-                        sha256.update(block)
-                        file.write(block)
+                    with closing(self._blocks(name, size)) as blocks:
+                        for block in blocks:
+                            sha256.update(block)
+                            file.write(block)
                     if file.tell() < size:
                         raise _FailedError(f"it ended after {file.tell()} of {size} bytes")
                     if sha256.hexdigest() != self._checksums[name]:
@@ -273,24 +273,28 @@ class RemoteSet:
                 time.sleep(wait_s)
         raise ShardError(f"{told}; giving up") from failure
 
-    def _blocks(self, name: str, limit: int) -> Iterator[bytes]:
+    def _blocks(self, name: str, limit: int) -> Generator[bytes]:
         """A file in pieces, not more than `limit` bytes."""
         if self._command is None:
             blocks = _body(_url(self.source, name), self._where(name), self.cache.timeout_s)
         else:
             blocks = _output([word.replace(_NAME, name) for word in self._command], self.cache.timeout_s)
-        received, before, began = 0, 0, math.inf
-        for block in blocks:
-            began = min(began, time.monotonic())  # a server may think about it first
-            received += len(block)
-            if received > limit:
-                raise ShardError(f"{self._where(name)} is longer than {limit} bytes, which is refused")
-            yield block
-            took_s = time.monotonic() - began
-            if took_s > self.cache.timeout_s:
-                came, before, began = received - before, received, time.monotonic()
-                if came < _SLOWEST * took_s:
-                    raise _FailedError(f"only {came} bytes in {took_s:.1f} s (after {received - came} bytes)")
+        received = came = 0
+        waited_s = 0.0
+        with closing(blocks):
+            block = next(blocks, b"")  # a server may think about it first
+            while block:
+                received, came = received + len(block), came + len(block)
+                if received > limit:
+                    raise ShardError(f"{self._where(name)} is longer than {limit} bytes, which is refused")
+                if waited_s > self.cache.timeout_s:
+                    if came < _SLOWEST * waited_s and received < limit:
+                        raise _FailedError(f"only {came} bytes in {waited_s:.1f} s (after {received - came} bytes)")
+                    came, waited_s = 0, 0.0
+                yield block
+                asked = time.monotonic()
+                block = next(blocks, b"")
+                waited_s += time.monotonic() - asked
 
     def _where(self, name: str) -> str:
         """A file in messages: without the URL's query, which may be a signature."""
@@ -304,15 +308,18 @@ class RemoteSet:
                 _remove_if_left(unfinished)
             held = _sizes(root.glob(_UNFINISHED))  # first: one that is finished meanwhile is counted twice
             shards = sorted(_sizes(root.glob(_SHARDS)), key=lambda shard: shard[1].st_mtime)
-            excess = size + sum(state.st_size for _, state in held + shards) - self.cache.bytes
+            free = shutil.disk_usage(root).free
+            to_come = size + sum(state.st_size - _written((path, state)) for path, state in held)
+            excess = max(size + sum(state.st_size for _, state in held + shards) - self.cache.bytes, to_come - free)
             for path, state in shards:
                 if excess > 0:
                     path.unlink(missing_ok=True)
                     excess -= state.st_size
             if excess > 0:
                 raise ShardError(
-                    f"the cache {root} may hold {self.cache.gigabytes:g} GB, too little for the shards that are being "
-                    "fetched at the same time: raise shard_cache.gigabytes, or take fewer workers or smaller shards"
+                    f"the cache {root} may hold {self.cache.gigabytes:g} GB, and its disk has {free / 1e9:.3g} GB "
+                    "free, too little for the shards that are being fetched at the same time: raise shard_cache.gigabytes "
+                    "or free some space, or take fewer workers or smaller shards"
                 )
             file.truncate(size)
 
@@ -347,7 +354,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 _opener = urllib.request.build_opener(_SafeRedirects)
 
 
-def _body(url: str, where: str, timeout_s: float) -> Iterator[bytes]:
+def _body(url: str, where: str, timeout_s: float) -> Generator[bytes]:
     """The body of an answer; `where` names it in errors."""
     received = 0
     try:
@@ -368,7 +375,7 @@ def _body(url: str, where: str, timeout_s: float) -> Iterator[bytes]:
         raise _FailedError(f"it ended after {received} of {expected} bytes")
 
 
-def _output(command: list[str], timeout_s: float) -> Iterator[bytes]:
+def _output(command: list[str], timeout_s: float) -> Generator[bytes]:
     """What a command prints. It is ended with all that it started, however this ends."""
     with tempfile.TemporaryFile() as complaints:
         try:
@@ -462,6 +469,11 @@ def _remove_if_left(unfinished: Path) -> None:
     name = unfinished.name.removeprefix(".").rsplit(".", 2)[0]
     with suppress(BlockingIOError), _locked(_lock_of(unfinished.with_name(name)), wait=False):
         unfinished.unlink(missing_ok=True)
+
+
+def _written(file: tuple[Path, os.stat_result]) -> int:
+    """Bytes of a file that are on the disk; of an unfinished one the rest is still to come."""
+    return min(file[1].st_size, 512 * file[1].st_blocks)
 
 
 def _sizes(paths: Iterator[Path]) -> list[tuple[Path, os.stat_result]]:

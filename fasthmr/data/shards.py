@@ -367,7 +367,10 @@ def _through_json(described: dict[str, Any]) -> dict[str, Any]:
 def _exclusive(folder: Path, wait_s: float = 0.0, shared: bool = False) -> Iterator[None]:
     """Hold the folder's lock, with others if `shared`; the system frees it when the process ends, however it ends."""
     require_writable(folder)
-    lock = (folder / LOCK).open("w")
+    try:
+        lock = (folder / LOCK).open("w")
+    except OSError as error:  # another user's
+        raise ShardError(f"cannot write {folder / LOCK}: {error.strerror or error}; choose another folder") from error
     began = time.monotonic()
     told = False
     with lock:

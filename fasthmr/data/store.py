@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fasthmr.body import require_same_body
 from fasthmr.data.codec import decode_sample
-from fasthmr.data.index import IndexedSample, Manifest, Samples, ShardError, ShardIndex
+from fasthmr.data.index import Manifest, Samples, ShardError, ShardIndex
 from fasthmr.data.remote import STREAMS, RemoteSet, ShardCache, is_remote
 from fasthmr.data.schema import Clip, ClipError
 
@@ -90,8 +90,8 @@ class ClipStore:
         Raises:
             ShardError: the shard cannot be fetched.
         """
-        with self._opened(self._shard_of(index)) as file:
-            return _read(file, self._samples[index])
+        with self._opened(self.shard_number(index)) as file:
+            return self._read(file, index)
 
     def clips_of(self, shard: int) -> range:
         """The numbers of the clips in shard `shard`."""
@@ -112,15 +112,19 @@ class ClipStore:
             if self.remote is not None and ahead is not None:
                 self.remote.fetch_ahead(self.shards[ahead].name, self.sizes[ahead])
             for index in self.clips_of(number)[skip:]:
-                yield _read(file, self._samples[index])
+                yield self._read(file, index)
 
     def lengths(self) -> Iterator[tuple[str, int]]:
         """(key, frames) of every clip, from the indices."""
         return self._samples.lengths()
 
+    def shard_number(self, index: int) -> int:
+        """The number of the shard that holds clip `index`."""
+        return bisect_right(self._firsts, index) - 1
+
     def shard_of(self, index: int) -> Path:
         """The shard that holds clip `index`."""
-        return self.shards[self._shard_of(index)]
+        return self.shards[self.shard_number(index)]
 
     def require_body(self, body_id: str) -> None:
         """Refuse labels of another body.
@@ -130,8 +134,21 @@ class ClipStore:
         """
         require_same_body(body_id, self.manifest.body, where=str(self.folder))
 
-    def _shard_of(self, index: int) -> int:
-        return bisect_right(self._firsts, index) - 1
+    def _read(self, file: int, index: int) -> dict[str, str | bytes]:
+        """Members of a clip, with its key as `decode_sample` wants it.
+
+        Raises:
+            ShardError: the disk cannot read it.
+        """
+        sample = self._samples[index]
+        try:
+            members = {extension: os.pread(file, size, offset) for extension, (offset, size) in sample.files.items()}
+        except OSError as error:
+            raise ShardError(
+                f"clip {sample.key} in {self.shard_of(index)} cannot be read ({error.strerror or error}): if this disk "
+                "is sound, restore the shard, or make the set again"
+            ) from error
+        return {"__key__": sample.key, **members}
 
     @contextmanager
     def _opened(self, number: int) -> Iterator[int]:
@@ -171,9 +188,3 @@ def fetch_shards(stores: Sequence[ClipStore]) -> None:
     ):
         for size in pool.map(fetch, *zip(*missing, strict=True)):
             bar.update(size)
-
-
-def _read(file: int, sample: IndexedSample) -> dict[str, str | bytes]:
-    """Members of a sample, with its key as `decode_sample` wants it."""
-    members = {extension: os.pread(file, size, offset) for extension, (offset, size) in sample.files.items()}
-    return {"__key__": sample.key, **members}

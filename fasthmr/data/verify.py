@@ -44,7 +44,7 @@ def _shard_problems(tar: Path, manifest: Manifest) -> list[str]:
     try:
         told = ShardIndex.read(tar)
         found = ShardIndex.of(tar)
-    except (ShardError, ClipError) as error:
+    except (ShardError, ClipError, OSError) as error:
         return [str(error) if str(tar) in str(error) else f"{tar}: {error}"]
     problems = []
     if not found.sha256 == told.sha256 == manifest.shards[tar.name]:
