@@ -318,8 +318,8 @@ class RemoteSet:
             if excess > 0:
                 raise ShardError(
                     f"the cache {root} may hold {self.cache.gigabytes:g} GB, and its disk has {free / 1e9:.3g} GB "
-                    "free, too little for the shards that are being fetched at once: raise shard_cache.gigabytes or free "
-                    "some space, or take fewer workers or smaller shards"
+                    "free, too little for the shards that are being fetched at the same time: raise "
+                    "shard_cache.gigabytes or free some space, or take fewer workers or smaller shards"
                 )
             file.truncate(size)
 
