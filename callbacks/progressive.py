@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
+from callbacks.curves import Curves
 from callbacks.validated import LastValidation
 from fasthmr.calibration import CalibrationSet, PlanErrors
 from fasthmr.checkpoint import read_header
@@ -203,8 +204,8 @@ class ProgressiveMerging(L.Callback):
         if self.reference_mm is None:
             self.reference_mm = self._error(trainer, self._errors(pl_module))(LayerMergePlan(layers))
         told = f"{layers} layers, reference error {self.reference_mm:.2f} mm, used {self._used()}"
-        if self._saved_settings is not None:
-            log.info("step %d: %s", trainer.global_step, told)  # a run that goes on: the curves have it
+        if any(isinstance(callback, Curves) and callback.go_on for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            log.info("step %d: %s", trainer.global_step, told)
             return
         self._show(trainer, told, {"layers": layers, "budget_used_mm": self.used_mm})
         self._show_plan(trainer, pl_module.net.merge_plan)

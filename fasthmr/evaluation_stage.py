@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
@@ -69,6 +70,17 @@ class EvaluationStage:
         """The config as YAML, all files, overrides and interpolations applied; without keys of training."""
         text: str = self._parser.dump(self._config, skip_none=False)
         return text
+
+    def completed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config with the default of each key that it lacks.
+
+        Raises:
+            UsageError: it has a key that there is not.
+        """
+        completed: dict[str, Any] = yaml.safe_load(
+            self._parser.dump(self._parser.parse_object(config), skip_none=False)
+        )
+        return completed
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate, and show what was found in TensorBoard as well.

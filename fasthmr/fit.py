@@ -159,7 +159,7 @@ class FitCLI(LightningCLI):
         stop = SaveOnInterrupt(Path(self.config.run_dir) / LAST_CHECKPOINT)
         ours: list[L.Callback] = [self._validated, SayBatchSize(), Summary(), stop]
         given = config["callbacks"] or []
-        given = [StepNumbers(), Curves(), *(given if isinstance(given, list) else [given])]
+        given = [StepNumbers(), Curves(Path(self.config.run_dir)), *(given if isinstance(given, list) else [given])]
         config["callbacks"] = given
         if not any(isinstance(callback, Heartbeat) for callback in given):
             ours.insert(0, Heartbeat())

@@ -85,11 +85,13 @@ def require_gpus(accelerator: str, devices: int | str | list[int]) -> None:
     Raises:
         UsageError: names how many were asked for, and found.
     """
+    named = max(devices) + 1 if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
     if accelerator in ("gpu", "cuda"):
-        asked = max(devices) + 1 if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+        asked = named or 1
         by = f"trainer.accelerator: {accelerator} with trainer.devices: {devices} asks"
     elif accelerator == "auto" and "SLURM_STEP_ID" in os.environ:
-        asked = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+        granted = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+        asked = granted if named is None else min(granted, named)
         by = f"SLURM job {os.environ.get('SLURM_JOB_ID')} asks"
     else:
         return

@@ -34,6 +34,7 @@ import re
 import textwrap
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,6 +107,9 @@ class Command(Protocol):
     @property
     def resolved(self) -> str:
         """The config as YAML, all files, overrides and interpolations applied."""
+
+    def completed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config of this kind, with the default of each key that it lacks; UsageError if it has one too many."""
 
     @property
     def alone(self) -> bool:
@@ -508,6 +512,9 @@ def _finished(run_dir: Path, command: Command) -> StageResult | None:
     if result is None:
         return None
     before = flatten(_read_json(run_dir / DONE_FILE)["config"])
+    with suppress(UsageError):  # keys that are younger than the run had their defaults; of others it is told below
+        completed = command.completed(_read_json(run_dir / DONE_FILE)["config"])
+        before = flatten(json.loads(json.dumps(completed, default=str)))
     now = flatten(json.loads(json.dumps(yaml.safe_load(command.resolved), default=str)))
     # A job of another size goes on with the stages that are left.
     free = (*_OWN_KEYS, *ONLY_WATCH, "trainer.devices", "trainer.num_nodes")

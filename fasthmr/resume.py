@@ -140,12 +140,15 @@ def require_resumable(
     file = checkpoint.parent.parent / CONFIG_FILE
     if not file.is_file():
         return
-    then = yaml.safe_load(file.read_text())
-    trainer = then.get("trainer", {})
-    trainer["callbacks"] = [c for c in trainer.get("callbacks") or [] if c["class_path"] in _CALLBACKS_THAT_TRAIN]
     try:
+        then = yaml.safe_load(file.read_text())
+        trainer = then["trainer"]
+        listed = trainer.get("callbacks") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        trainer["callbacks"] = [c for c in listed if c["class_path"] in _CALLBACKS_THAT_TRAIN]
+        trainer.pop("logger", None)  # which only watches, like the other callbacks: its class may be gone
         before, now = _that_train(completed(then)), _that_train(config)
-    except UsageError as error:
+    except (UsageError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(
             f"cannot go on from {checkpoint}: {file} is of another version of this project, or damaged ({error}); "
             "go on with that version, or start a new run in another folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.utils.data import DataLoader
 
 from callbacks.curves import Curves
@@ -54,14 +56,16 @@ class Counting(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def train(folder: Path, end: tuple[str, int] = ("", 0)) -> None:
+def train(
+    folder: Path, end: tuple[str, int] = ("", 0), start: str = "last.ckpt", elsewhere: Path | None = None
+) -> None:
     """4 epochs of 3 steps, each with a checkpoint and then a validation; from the last checkpoint on."""
-    last = folder / "last.ckpt"
+    last = folder / start
     saving = ModelCheckpoint(folder, every_n_train_steps=3, save_last=True, enable_version_counter=False)
     trainer = L.Trainer(
-        accelerator="cpu", logger=TensorBoardLogger(folder, "", ""), enable_model_summary=False,
+        accelerator="cpu", logger=TensorBoardLogger(elsewhere or folder, "", ""), enable_model_summary=False,
         enable_progress_bar=False, max_epochs=4, log_every_n_steps=1, num_sanity_val_steps=0,
-        callbacks=[StepNumbers(), Curves(), LastValidation(), saving],
+        callbacks=[StepNumbers(), Curves(folder), LastValidation(), saving],
     )  # fmt: skip
     with contextlib.suppress(EndedError):
         resume = last if last.exists() else None
@@ -101,6 +105,24 @@ def test_a_checkpoint_of_an_earlier_version_hides_the_steps_that_come_again(tmp_
     assert [e.step for e in events.Scalars("train/steps")] == list(range(12))
 
 
+def test_what_another_start_cut_off_comes_back_unless_that_start_got_somewhere(tmp_path):
+    train(tmp_path, ("checkpoint", 9))
+    shutil.copy(tmp_path / "last.ckpt", tmp_path / "early.ckpt")
+    train(tmp_path)
+    train(tmp_path, ("validation", 9), start="early.ckpt")  # ends before its first checkpoint
+    assert list(tmp_path.glob("cut.*"))
+    train(tmp_path)
+    require_all_once(tmp_path, shown=False)
+
+
+def test_the_file_that_a_run_writes_itself_is_not_touched(tmp_path):
+    train(tmp_path, ("checkpoint", 5))
+    train(tmp_path)
+    for file in tmp_path.glob("events*"):
+        first = next(iter(EventFileLoader(str(file)).Load()))
+        assert first.file_version == "brain.Event:2", f"{file} has lost its beginning"
+
+
 def test_files_of_other_runs_are_left_alone(tmp_path):
     train(tmp_path / "one")
     train(tmp_path / "two", ("checkpoint", 5))
@@ -108,3 +130,15 @@ def test_files_of_other_runs_are_left_alone(tmp_path):
     (tmp_path / "two/last.ckpt").write_bytes((tmp_path / "one/last.ckpt").read_bytes())
     train(tmp_path / "two")
     assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_logger_that_writes_elsewhere_is_let_alone(tmp_path):
+    """Nothing is cut where others may write."""
+    elsewhere = tmp_path / "shared"
+    elsewhere.mkdir()
+    other = elsewhere / "events.out.tfevents.1.of.another.run"
+    other.write_bytes(bytes(100_000))
+    train(tmp_path / "run", ("checkpoint", 5), elsewhere=elsewhere)
+    other.write_bytes(bytes(200_000))
+    train(tmp_path / "run", elsewhere=elsewhere)
+    assert other.stat().st_size == 200_000

@@ -84,7 +84,15 @@ def test_other_numbers_of_processes_than_the_job_has_are_refused(values, keys, m
 
 @pytest.mark.parametrize(
     ("accelerator", "devices", "asked"),
-    [("gpu", 4, 4), ("cuda", "3", 3), ("gpu", [0, 2], 3), ("auto", "auto", 4), ("cpu", 4, 0), ("auto", 4, 4)],
+    [
+        ("gpu", 4, 4),
+        ("cuda", "3", 3),
+        ("gpu", [0, 2], 3),
+        ("auto", "auto", 4),
+        ("cpu", 4, 0),
+        ("auto", 4, 4),
+        ("auto", 1, 1),
+    ],
 )
 def test_fewer_gpus_than_asked_for_are_an_error(accelerator, devices, asked, started, monkeypatch):
     started(SRUN | {"SLURM_GPUS_ON_NODE": "4"})

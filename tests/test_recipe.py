@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ class FakeTraining:
     """A kind of stage that writes a checkpoint in no time; `trained` says which were run, and what they were given."""
 
     trained: list[dict]
+    defaults: ClassVar[dict] = {}
     alone = True
 
     def __init__(self, arguments) -> None:
@@ -52,7 +54,10 @@ class FakeTraining:
 
     @property
     def resolved(self) -> str:
-        return yaml.safe_dump(self.config)
+        return yaml.safe_dump(self.completed(self.config))
+
+    def completed(self, config: dict) -> dict:
+        return self.defaults | config
 
     def run(self, *, resume: bool) -> StageResult:
         self.trained.append(self.config)
@@ -126,6 +131,14 @@ def test_finished_stages_are_skipped_and_one_can_be_run_alone(recipe):
     ):
         recipe("--first.motion=mine")
     assert recipe("--data.init_args.workers=0", "--trainer.logger=false", "--first.trainer.log_every_n_steps=1") == []
+
+
+def test_a_finished_stage_of_before_a_key_was_there_had_its_default(recipe, monkeypatch):
+    recipe()
+    monkeypatch.setattr(FakeTraining, "defaults", {"younger": "0"})
+    assert recipe() == []
+    with pytest.raises(UsageError, match=r"finished run of another config \(younger: '0' -> '1'\)"):
+        recipe("--younger=1")
 
 
 def test_a_later_recipe_file_changes_single_keys(recipe):

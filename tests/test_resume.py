@@ -105,6 +105,12 @@ def test_a_key_that_is_younger_than_the_run_had_its_default_then(run):
             resume()
         section[name] = default
 
+    then["trainer"] |= {"callbacks": merging, "logger": {"class_path": "is.gone.too"}}
+    resume()
     then["model"]["init_args"]["net"]["old_size"] = 3
     with pytest.raises(UsageError, match=r"config.yaml is of another version of this project.*'old_size'"):
         resume()
+    for damaged in ("", "trainer: null", "trainer: [", "[]"):
+        (run / "config.yaml").write_text(damaged)
+        with pytest.raises(UsageError, match="is of another version of this project, or damaged"):
+            require_resumable(run / "checkpoints/last.ckpt", now, cli.completed)

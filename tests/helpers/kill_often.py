@@ -4,10 +4,11 @@
 
 Each process of a training is a fork of this one, so that it need not import everything anew, and finds the others as
 torchrun's do. A training goes on from the last checkpoint. One of its processes is killed between its start and shortly
-after its third checkpoint, and the others a little later. At last it may come to its end; when a signal stops it,
+after its second checkpoint, and the others a little later. At last it may come to its end; when a signal stops it,
 another one goes on. Prints how many kills and stops there were, and the seed of the moments.
 """
 
+import math
 import os
 import random
 import secrets
@@ -70,10 +71,10 @@ def codes(children: list[int]) -> set[int]:
     return {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
 
 
-def wait_for_checkpoint(children: list[int], file: Path) -> bool:
-    """Until there is another one; False if training ends before."""
+def wait_for_checkpoint(children: list[int], file: Path, moment: float) -> bool:
+    """Until there is another one, or to the moment; False if training ends before."""
     before = file.stat().st_ino if file.exists() else None
-    while not file.exists() or file.stat().st_ino == before:
+    while time.monotonic() < moment and (not file.exists() or file.stat().st_ino == before):
         if ended(children):
             return False
         time.sleep(0.001)
@@ -84,10 +85,13 @@ def lives(chance: random.Random, kills: int, processes: int, run: Path, argument
     """Kill and start until a training ends by itself, or is not to be killed any more; kills that there were."""
     for done in range(kills):
         children = train(processes, arguments)
-        checkpoints = chance.randrange(4)
-        if not all(wait_for_checkpoint(children, run / "checkpoints/last.ckpt") for _ in range(checkpoints)):
-            return done
-        time.sleep(chance.uniform(0, 0.1 if checkpoints else 2))
+        # In turn soon after its first or second checkpoint, and at any moment before.
+        moment = time.monotonic() + chance.uniform(0, 2) if done % 2 else math.inf
+        for _ in range(chance.randrange(1, 3)):
+            if not wait_for_checkpoint(children, run / "checkpoints/last.ckpt", moment):
+                return done
+        if moment == math.inf:
+            time.sleep(chance.uniform(0, 0.05))
         if ended(children):
             return done
         for child in chance.sample(children, len(children)):

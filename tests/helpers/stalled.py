@@ -48,6 +48,9 @@ class Counting(L.LightningModule):
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return -self.steps
 
+    def on_train_batch_end(self, *_: object) -> None:
+        (Path(self.trainer.default_root_dir) / f"step {self.trainer.global_step}").touch()
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
