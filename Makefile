@@ -5,18 +5,21 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 ARGS ?=
+EXTRAS := dev
+TORCH := torch
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: help install fit test test-slurm test-body check bench clean
+.PHONY: help install fit test test-slurm test-body test-segmenters check bench clean
 
 help:
 	@echo "make fit      set up, film synthetic clips, FastHMR in miniature on them (about 12 minutes on 2 cores)"
 	@echo "make test     set up and run the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slurm  as root on Debian: install SLURM and shellcheck, run slurm/ on two nodes (2 to 3 minutes)"
 	@echo "make test-body  install Anny (0.5 GB) and check that it still makes the free body, byte by byte"
+	@echo "make test-segmenters  install YOLO and RF-DETR beside it (about 3 GB) and make masks with them, of random weights"
 	@echo "make check    ruff, mypy and the layering contract"
 	@echo "make bench    frames/s of renderer, loader and model on this machine"
 
@@ -27,8 +30,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fasthmr needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# of such an index torch alone: what it needs besides is pinned to PyPI's versions
-	@$(if $(TORCH_INDEX),$(PIP) --no-deps -c constraints.txt torch --index-url $(TORCH_INDEX))
-	@$(PIP) -c constraints.txt -e ".[dev]"
+	@$(if $(TORCH_INDEX),$(PIP) --no-deps -c constraints.txt $(TORCH) --index-url $(TORCH_INDEX))
+	@$(PIP) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 fit: $(INSTALLED)
@@ -52,6 +55,13 @@ test-body: $(INSTALLED)
 	@echo "[test-body] installing Anny, then making the free body anew (about 3 minutes)"
 	@$(PIP) -c constraints.txt -e ".[body-generator]"
 	$(BIN)/python -m pytest tests/test_body_generate.py
+
+# Not of CI, for its size. In an environment of its own: ultralytics brings an OpenCV that needs libGL, so ours goes on top.
+test-segmenters:
+	@echo "[test-segmenters] installing YOLO and RF-DETR (about 3 GB to download, 7 GB on disk), then masks by both (2 to 3 minutes)"
+	@$(MAKE) install VENV=$(VENV)/segmenters EXTRAS=dev,yolo,rfdetr TORCH="torch torchvision"
+	@$(VENV)/segmenters/bin/python -m pip install -q --force-reinstall --no-deps -c constraints.txt opencv-python-headless
+	$(VENV)/segmenters/bin/python -m pytest -rs tests/test_segmenters.py $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

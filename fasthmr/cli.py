@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import re
 import typing
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,18 +28,25 @@ class UsageError(Exception):
     """The command cannot be run as given; the message says what, got, do."""
 
 
+#: options whose value may be a file of keys
+_OF_FILES = ("-c", "--config", "--data", "--model", "--trainer")
+
+
 class FitParser(LightningArgumentParser):
     """LightningCLI's parser, with errors that name the unknown key and the nearest valid one, or one written twice."""
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Namespace:  # type: ignore[override]
-        """As jsonargparse's, after a look at the files of `-c`.
+        """As jsonargparse's, after a look at the files that are named.
 
         Raises:
             UsageError: wrong arguments, or a key that stands twice in a file.
         """
-        for option, value in zip(args or (), [*(args or ())][1:], strict=False):
-            if option in ("-c", "--config") and "\n" not in value and Path(value).is_file():
-                refuse_double_keys(Path(value).read_text(), value)
+        for word, after in pairwise([*(args or ()), ""]):
+            option, equals, value = word.partition("=")
+            value = value if equals else after
+            if option in _OF_FILES:
+                with contextlib.suppress(OSError, ValueError):  # no file, but YAML, or a folder
+                    refuse_double_keys(Path(value).read_text(), value)
         return super().parse_args(args, *rest, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

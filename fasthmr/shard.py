@@ -34,7 +34,6 @@ from fasthmr.data.convert.reading import ConvertError
 from fasthmr.data.convert.source import (
     MISSING,
     REPORT,
-    UNUSABLE,
     ConvertedSource,
     ForeignSet,
     Plan,
@@ -44,7 +43,7 @@ from fasthmr.data.convert.source import (
     written_report,
 )
 from fasthmr.data.convert.track import OFF, Crops
-from fasthmr.data.masks import MaskedSource, load_segmenter
+from fasthmr.data.masks import MaskedSource, frames_without_person, load_segmenter
 from fasthmr.data.schema import Clip, Gender
 from fasthmr.data.shards import ClipStore, Dropped, verify_shards, write_part, write_shards
 from fasthmr.data.sheet import contact_sheet
@@ -82,7 +81,9 @@ def build_parser() -> ArgumentParser:
     convert.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     convert.add_argument("--part", type=str, default="1/1", help="i/n: job i of n on a cluster; all write into --out")
     convert.add_argument("--max_missing", type=float, default=0.01, help="share of pictures that may be missing")
-    convert.add_argument("--max_unusable", type=float, default=0.01, help="share of tracks that may have bad labels")
+    convert.add_argument(
+        "--max_unusable", type=float, default=0.01, help="share of tracks, or pictures, that may be bad"
+    )
     convert.add_argument("--dry_run", "--dry-run", action="store_true", help="only count, and estimate the time")
     convert.add_argument("--sheet", type=str, help="contact sheet, PNG; default sheet.png in --out, none on a dry run")
     masks = ArgumentParser(
@@ -154,6 +155,7 @@ def convert_set(options: Namespace) -> int:
         print(line)
     if not manifest.clips:
         raise ConvertError(f"no clip could be made: {out / REPORT} says why")
+    report.require_usable(options.max_unusable)
     store = ClipStore(out)
     chosen = np.unique(np.linspace(0, len(store) - 1, _SHEET_CLIPS).astype(int))
     _write_sheet(Path(options.sheet or out / "sheet.png"), [store[int(i)] for i in chosen], bodies)
@@ -171,13 +173,8 @@ def _part(text: str) -> tuple[int, int]:
 def _require_most(clips: Plan, max_missing: float, max_unusable: float) -> None:
     """Refuse a download of which too much cannot be converted."""
     report = clips.report
-    missing, unusable = report.dropped[MISSING], report.dropped[UNUSABLE]
-    if unusable > max_unusable * report.tracks:
-        named = "; ".join(report.named[UNUSABLE])
-        raise ConvertError(
-            f"{unusable} of {report.tracks} tracks have labels that cannot be used ({named}): are they of this format? "
-            "Download them again, or leave them out with --max_unusable"
-        )
+    report.require_usable(max_unusable)
+    missing = report.dropped[MISSING]
     if missing > max_missing * (total := missing + report.frames):
         named = ", ".join(report.named[MISSING])
         raise ConvertError(
@@ -225,6 +222,9 @@ def _pack_amass(options: Namespace, part: int, parts: int) -> int:
     root, out = Path(options.root), Path(options.out)
     subsets = amass.find_subsets(root)[part - 1 :: parts]
     print(f"AMASS. {amass.LICENCE}")
+    if not subsets:
+        print(f"there are fewer subsets than parts: part {part} of {parts} has nothing to do")
+        return 0
     if options.dry_run:
         files = sum(len(subset.files) for subset in subsets)
         print(f"{len(subsets)} subsets, {files} files; it will take about {amass.seconds(subsets):.0f} s on one core")
@@ -232,10 +232,13 @@ def _pack_amass(options: Namespace, part: int, parts: int) -> int:
     out.mkdir(parents=True, exist_ok=True)
     total = Report()
     for subset in subsets:
-        total.add(amass.pack(root, subset, out / f"{subset.name}.npz", options.workers))
+        total.add(amass.pack(root, subset, out / f"{subset.name}.npz", options.workers, options.max_unusable))
     for line in total.lines():
         print(line)
-    write_text(out / (REPORT if parts == 1 else f"report-{part}-of-{parts}.json"), total.to_json())
+    told = out / (REPORT if parts == 1 else f"report-{part}-of-{parts}.json")
+    write_text(told, total.to_json())
+    if not total.clips:
+        raise ConvertError(f"no motion could be packed: {told} says why")
     print(f"{out}: {total.clips} motions, {total.frames / amass.FPS / 3600:.2f} hours; use it with --motion {out}")
     return 0
 
@@ -245,6 +248,7 @@ def mask_set(options: Namespace) -> int:
     source = MaskedSource(options.folder, load_segmenter(options.by, options.source))
     manifest = write_shards(source, options.out, options.clips_per_shard, options.workers)
     print(f"{options.out}: {manifest.clips} clips with masks by {options.by}")
+    print(f"the person was not found in {frames_without_person(options.out)} of {manifest.frames} frames")
     return 0
 
 

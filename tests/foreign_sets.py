@@ -267,6 +267,16 @@ def write_bedlam(
                 write_picture(root / f"masks/{scene}/{stem}_{name}.png", np.rot90(layer) if lying else layer)
 
 
+def write_camerahmr(root: Path, made: Take, **changes: object) -> None:
+    """Pictures that have nothing to do with one another, in names and order of COCO's kind."""
+    names = [f"a/{9 - i}.jpg" for i in range(len(made))]
+    labels = bedlam_labels(made, names, trans_cam=made.trans_in_camera, **changes)
+    (root / "labels").mkdir(parents=True)
+    np.savez(root / "labels/coco-release.npz", **{k: v for k, v in labels.items() if k not in ("cam_ext", "sub")})
+    for name, image in zip(names, made.images, strict=True):
+        write_picture(root / "images/coco" / name, image)
+
+
 # ---- 4D-Humans ------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import cv2
 import foreign_sets as foreign
 import numpy as np
 import pytest
+import scipy.io
 
 from fasthmr.body import BodyModel
 from fasthmr.data.convert import SETS
@@ -27,6 +28,8 @@ from fasthmr.shard import main
 
 #: the camera and the pictures of the takes are small, for speed
 SIZE = (160, 120)
+#: what reports say
+LOST, NAN = "frame of a clip without any labels ({})", "the set says so, or they hold NaN"
 
 
 def run(name: str, root: Path, out: Path, *options: str) -> int:
@@ -88,14 +91,19 @@ def test_missing_pictures_are_counted_and_named_and_cut_the_track(
     assert "left out: 1 x missing picture: images/scene" in capsys.readouterr().out
 
 
-def test_damaged_pictures_cost_their_frames_and_are_named(tmp_path: Path, free_body: BodyModel) -> None:
+def test_damaged_pictures_cost_their_frames_and_are_named_up_to_a_limit(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = foreign.take(free_body, frames=6, size=SIZE)
     foreign.write_bedlam(tmp_path, "scene", made)
     folder = tmp_path / "images/scene/png/seq_000000"
     (folder / "seq_000000_0000.png").write_bytes(b"no picture")
     whole = (folder / "seq_000000_0015.png").read_bytes()
     (folder / "seq_000000_0015.png").write_bytes(whole[: len(whole) // 2])
-    assert run("bedlam", tmp_path, tmp_path / "out") == 0
+    assert run("bedlam", tmp_path, tmp_path / "out", "--max_unusable", "0.3") == 2
+    error = capsys.readouterr().err
+    assert "2 of 6 pictures or masks cannot be used (" in error and "0015.png cannot be decoded" in error
+    assert run("bedlam", tmp_path, tmp_path / "out", "--max_unusable", "0.4") == 0
     clips = list(ClipStore(tmp_path / "out"))
     assert [clip.key[-12:] for clip in clips] == ["_00000_00001", "_00000_00004"]
     for clip, frames in zip(clips, (slice(1, 3), slice(4, 6)), strict=True):
@@ -125,7 +133,7 @@ def test_a_mask_of_another_size_than_its_picture_costs_the_frame(
             "bad.detection.npz": small.getvalue()
         }
         foreign.write_tar(tmp_path / "a.tar", members | bad)
-    assert run(name, tmp_path, tmp_path / "out") == 0
+    assert run(name, tmp_path, tmp_path / "out", "--max_unusable", "0.5") == 0
     assert [len(clip) for clip in ClipStore(tmp_path / "out")] == [1]
     assert "the mask is 80x60 px, the picture 160x120" in capsys.readouterr().out
 
@@ -134,7 +142,7 @@ def test_layers_of_a_mask_that_differ_in_size_cost_the_frame(tmp_path: Path, fre
     foreign.write_bedlam(tmp_path, "scene", foreign.take(free_body, frames=2, size=SIZE), with_masks=True)
     layer = tmp_path / "masks/scene/seq_000000/seq_000000_0000_01_clothing.png"
     foreign.write_picture(layer, np.zeros((60, 80, 3), np.uint8))
-    assert run("bedlam", tmp_path, tmp_path / "out") == 0
+    assert run("bedlam", tmp_path, tmp_path / "out", "--max_unusable", "0.5") == 0
     ((told,),) = Report.read(tmp_path / "out").named.values()
     assert f"{layer} has (60, 80) px, other masks of the picture have (120, 160)" in told
 
@@ -253,7 +261,69 @@ def test_nobody_in_the_picture_is_no_clip(
     foreign.write_bedlam(tmp_path, "nan", made, trans_cam=np.full((2, 3), np.nan))
     assert run("bedlam", tmp_path, tmp_path / "out") == 0
     assert len(ClipStore(tmp_path / "out")) == 1
-    assert Report.read(tmp_path / "out").dropped == {"no frame with labels of somebody in the picture": 2}
+    report = Report.read(tmp_path / "out")
+    assert report.dropped == {LOST.format("nobody in the picture"): 2, LOST.format(NAN): 2}  # frames, not clips
+    assert (report.frames, report.frames_without_labels) == (2, {})
+
+
+def test_stills_without_labels_keep_their_reasons(
+    tmp_path: Path, free_body: BodyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = foreign.take(free_body, frames=3, size=SIZE)
+    shape = np.tile(made.betas, (3, 1))
+    shape[1, 0] = np.nan
+    foreign.write_camerahmr(tmp_path, made, shape=shape)
+    behind = made.trans_in_camera - np.array([[0], [0], [50]]) * np.eye(3)[2]
+    with np.load(file := tmp_path / "labels/coco-release.npz") as labels:
+        np.savez(file, **dict(labels) | {"trans_cam": behind})
+    assert run("camerahmr", tmp_path, tmp_path / "dry", "--dry_run") == 0
+    assert "left out with the clip: 1 frames: the person is behind the camera: coco_0000002" in capsys.readouterr().out
+    assert run("camerahmr", tmp_path, tmp_path / "out") == 0
+    assert [clip.key for clip in ClipStore(tmp_path / "out")] == ["coco_0000000"]
+    report = Report.read(tmp_path / "out")
+    lost = LOST.format("the person is behind the camera")
+    assert report.dropped == {LOST.format(NAN): 1, lost: 1}
+    assert report.named[lost] == ["coco_0000002"]
+
+
+@pytest.mark.parametrize("pixels", [1.25, 20.0])
+def test_a_mesh_without_a_box_gets_that_of_what_shows_of_it_or_none_if_that_is_too_little(
+    tmp_path: Path, free_body: BodyModel, pixels: float
+) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE, still=True)
+    vertices = made.vertices[1, ::5]
+    rightmost = vertices[made.pixels(vertices)[:, 0].argmax()]
+    shift = np.zeros((2, 3))  # until the rightmost point is `pixels` from the picture's left edge
+    shift[1, 0] = (pixels - made.pixels(rightmost)[0]) * rightmost[2] / made.intrinsics[0, 0]
+    labels = foreign.bedlam_labels(made, [""] * 2)
+    changes = {"trans_cam": labels["trans_cam"] + shift, "scale": labels["scale"] * [1, 0]}
+    foreign.write_bedlam(tmp_path, "scene", made, **changes)
+    assert run("bedlam", tmp_path, tmp_path / "out") == 0
+    (clip,) = ClipStore(tmp_path / "out")
+    assert clip.valid.tolist() == [True, pixels > 4]
+    if pixels > 4:  # a hand: not as high as the person who stands beside the picture
+        shown = made.pixels(made.vertices[1] + shift[1])
+        shown = shown[((shown >= 0) & (shown <= np.array(SIZE) - 1)).all(1)]
+        assert clip.box_size[1] == pytest.approx(np.ptp(shown, axis=0).max(), abs=3)
+        assert clip.box_size[1] < 0.6 * np.ptp(made.pixels(made.vertices[1]), axis=0).max()
+
+
+@pytest.mark.parametrize("beside", [0, 100_000])
+def test_a_person_whose_joints_all_lie_around_the_picture_fills_it(
+    tmp_path: Path, free_body: BodyModel, beside: int
+) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE, still=True)
+    foreign.write_3dhp_raw(tmp_path, made)
+    labels = scipy.io.loadmat(file := tmp_path / "S1/Seq1/annot.mat", variable_names=["annot2", "annot3"])
+    points = labels["annot2"][1, 0][1].reshape(28, 2)  # a view of the second frame of the camera with pictures
+    known = points[list(foreign.OURS_OF_3DHP)]
+    points[:] = 2000 * (points - (known.min(0) + known.max(0)) / 2) + np.array(SIZE) / 2 + beside
+    assert (np.abs(points - np.array(SIZE) / 2).max(1) > max(SIZE)).all()
+    scipy.io.savemat(file, {name: labels[name] for name in ("annot2", "annot3")})
+    assert run("mpi_inf_3dhp", tmp_path, tmp_path / "out", "--split", "raw") == 0
+    (clip,) = ClipStore(tmp_path / "out")
+    assert clip.valid.tolist() == [True, not beside]
+    assert beside or (clip.box_center[1].tolist() == [79.5, 59.5] and clip.box_size[1] >= 159)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +380,7 @@ def test_bad_samples_of_4dhumans_are_left_out_and_named_up_to_a_limit(
     assert run("4dhumans", tmp_path, tmp_path / "out", "--max_unusable", "0.8") == 0
     assert [clip.key for clip in ClipStore(tmp_path / "out")] == ["hmr2-a_good_0"]
     report = Report.read(tmp_path / "out")
-    assert report.dropped == {"labels that cannot be used": 5, "no frame with labels of somebody in the picture": 1}
+    assert report.dropped == {"labels that cannot be used": 5, LOST.format("nobody in the picture"): 1}
     told = "\n".join(report.named["labels that cannot be used"])
     for name in ("shape_0: body_pose", "flag_0: has_betas", "word_0: scale", "cut.data.pyd", "alone has only jpg"):
         assert name in told
@@ -325,6 +395,7 @@ LABEL_FILES: dict[str, tuple[str, str, Writer, str]] = {
     ),
     "emdb": ("emdb", "emdb1", foreign.write_emdb, "P0/*/*_data.pkl"),
     "bedlam": ("bedlam", "all", lambda root, made: foreign.write_bedlam(root, "scene", made), "labels/*.npz"),
+    "camerahmr": ("camerahmr", "all", foreign.write_camerahmr, "labels/*.npz"),
     "spin": ("mpi_inf_3dhp", "spin", foreign.write_3dhp_spin, "annotations/*.npz"),
     "hybrik h36m": ("h36m", "train", foreign.write_h36m_hybrik, "annotations/*.json"),
     "hybrik 3dhp": ("mpi_inf_3dhp", "hybrik", foreign.write_3dhp_hybrik, "annotations/*.json"),
@@ -337,6 +408,7 @@ LABEL_FILES: dict[str, tuple[str, str, Writer, str]] = {
     [
         *((name, "half of it") for name in LABEL_FILES),
         *(("3dpw", "emdb"), ("emdb", "3dpw"), ("bedlam", "spin"), ("spin", "bedlam")),
+        ("bedlam", "camerahmr"),
         *(("hybrik h36m", "hybrik 3dhp"), ("hybrik 3dhp", "hybrik h36m")),
     ],
 )
@@ -358,6 +430,8 @@ def test_a_label_file_that_is_cut_or_of_another_set_is_named(
     assert run(name, tmp_path / "root", tmp_path / "out", "--split", split) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and file.name in error, error
+    if put_there == "camerahmr":
+        assert "has no cam_ext and no sub" in error and "use `convert camerahmr`" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -554,14 +628,26 @@ def test_amass_is_packed_z_up_to_y_up_at_thirty_frames_a_second(
     foreign.write_amass(root / "CMU/01/short_poses.npz", replace(made, pose=made.pose[:90], trans=made.trans[:90]))
     np.savez(root / "CMU/01/shape.npz", betas=np.zeros(16))
     (root / "CMU/01/cut_poses.npz").write_bytes(b"PK")
+    with np.load(root / "CMU/01/01_01_poses.npz") as labels:
+        np.savez_compressed(damaged := root / "CMU/01/damaged_poses.npz", **labels)
+    content = bytearray(damaged.read_bytes())
+    content[100:108] = b"\xff" * 8
+    damaged.write_bytes(content)
 
     assert run("amass", root, tmp_path / "out", "--dry-run") == 0
-    assert "1 subsets, 4 files" in capsys.readouterr().out
-    assert run("amass", root, tmp_path / "out") == 0
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["clips"] == 1 and report["frames"] == 30
-    assert {r.partition(" (")[0] for r in report["dropped"]} == {
-        "shorter than 25 frames", "a body's shape, no motion", "cannot be read",
+    assert "1 subsets, 5 files" in capsys.readouterr().out
+    assert run("amass", root, tmp_path / "out", "--dry-run", "--part", "2/2") == 0
+    assert "part 2 of 2 has nothing to do" in capsys.readouterr().out
+    assert run("amass", root, tmp_path / "out", "--max_unusable", "0.3") == 2
+    error = capsys.readouterr().err
+    assert "2 of 5 tracks have labels that cannot be used (" in error and "cut_poses.npz cannot be read" in error
+    assert "damaged_poses.npz cannot be unpacked" in error
+    assert not (tmp_path / "out/CMU.npz").exists()
+    assert run("amass", root, tmp_path / "out", "--max_unusable", "0.4") == 0
+    report = Report.read(tmp_path / "out")
+    assert (report.clips, report.frames) == (1, 30)
+    assert report.dropped == {
+        "shorter than 25 frames": 1, "a body's shape, no motion": 1, "labels that cannot be used": 2,
     }  # fmt: skip
     packed = MotionFolder(tmp_path / "out")
     motion = packed.window(0, 30, 30.0, np.random.default_rng(0))
@@ -575,5 +661,23 @@ def test_amass_is_packed_z_up_to_y_up_at_thirty_frames_a_second(
     gram = np.abs(ours @ ours.T - theirs @ theirs.T).max()
     assert gram < 2e-4
     before = (tmp_path / "out/CMU.npz").stat().st_mtime_ns
-    assert run("amass", root, tmp_path / "out") == 0
+    assert run("amass", root, tmp_path / "out", "--max_unusable", "0.4") == 0
     assert (tmp_path / "out/CMU.npz").stat().st_mtime_ns == before
+    assert Report.read(tmp_path / "out") == report
+    assert run("amass", root, tmp_path / "out") == 2  # as strict as when it was not finished
+
+
+def test_amass_without_any_motion_is_an_error_and_names_few_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(7):
+        (file := tmp_path / f"AMASS/CMU/01/{number}_poses.npz").parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"junk")
+    assert run("amass", tmp_path / "AMASS", tmp_path / "out") == 2
+    assert "7 of 7 tracks have labels that cannot be used" in capsys.readouterr().err
+    assert run("amass", tmp_path / "AMASS", tmp_path / "out", "--max_unusable", "1") == 2
+    assert "no motion could be packed: " in capsys.readouterr().err
+    report = Report.read(tmp_path / "out")
+    assert report.dropped == {"labels that cannot be used": 7}
+    (named,) = report.named.values()
+    assert len(named) == 5 and "0_poses.npz cannot be read" in named[0]

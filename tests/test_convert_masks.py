@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from tiny_clips import IMAGE_SIZE, drawn_clip
 
+import fasthmr.data.masks
 from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
 from fasthmr.data.convert.reading import ConvertError
 from fasthmr.data.masks import MaskedSource, RfDetr, Segmenter, Yolo, clips_id, tell_apart
@@ -74,6 +76,15 @@ def test_masks_of_a_folder_come_into_the_set(bare: Path, tmp_path: Path, of: str
         assert both.all(0).sum() / both.any(0).sum() > (0.999 if of == "crop" else 0.75)  # dots are a few pixels small
 
 
+def test_frames_in_which_nobody_was_found_are_counted(bare: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "masks/clip-0").mkdir(parents=True)
+    for frame in range(FRAMES):  # in the first, nobody
+        cv2.imwrite(str(tmp_path / f"masks/clip-0/{frame:05d}.png"), 255 * frame * true_mask(frame).astype(np.uint8))
+    command = ["masks", str(bare), "--out", str(tmp_path / "out"), "--by", "folder"]
+    assert main([*command, "--source", str(tmp_path / "masks")]) == 0
+    assert "the person was not found in 1 of 4 frames" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("shape", "message"), [(None, "cannot be read"), ((100, 90), "is 90x100 px; it must have the size")]
 )
@@ -125,6 +136,9 @@ class FakeYolo:
 class FakeRfDetr:
     """Answers as supervision's Detections: `mask` (N,H,W) bool or None, and the classes by name."""
 
+    def __init__(self, names: tuple[str, ...] = ("cat", "person")) -> None:
+        self.class_names = list(names)
+
     def predict(self, image: np.ndarray, threshold: float) -> Any:
         red = image[..., 0] > 180
         return SimpleNamespace(mask=np.stack([~red, red]), data={"class_name": np.array(["cat", "person"], object)})
@@ -154,3 +168,23 @@ def test_adapters_ask_their_networks_for_people_only(bare: Path, segmenter: Segm
 def test_a_network_that_makes_no_masks_of_people_is_refused(network: FakeYolo) -> None:
     with pytest.raises(ConvertError, match=r"n\.pt is a network to \w+ 2 classes: it takes one to segment"):
         Yolo("n.pt", lambda _: network)
+
+
+def test_an_rf_detr_that_does_not_know_people_is_refused() -> None:
+    with pytest.raises(ConvertError, match=r"w\.pt knows the classes dog, cat: it takes .* classes is 'person'"):
+        RfDetr("w.pt", lambda _: FakeRfDetr(names=("dog", "cat")))
+
+
+@pytest.mark.parametrize("by", ["yolo", "rfdetr"])
+@pytest.mark.parametrize("error", [RuntimeError("no zip\nat all"), UnpicklingError("os.system"), KeyError("model")])
+def test_whatever_loaders_say_of_bad_weights_is_one_line(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, by: str, error: Exception
+) -> None:
+    def load(weights: str) -> None:
+        raise error
+
+    monkeypatch.setattr(fasthmr.data.masks, {"yolo": "_ultralytics", "rfdetr": "_rfdetr"}[by], load)
+    assert main(["masks", str(bare), "--out", str(tmp_path / "out"), "--by", by, "--source", "bad.pt"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the weights 'bad.pt' could not be loaded: {type(error).__name__}: ")
+    assert not (tmp_path / "out").exists()

@@ -183,15 +183,25 @@ def test_bedlam_gendered_shapes_and_smplx(tmp_path: Path, gendered: dict[str, Pa
     assert np.abs(clip.joints2d[:, :22, :2] - neutral.pixels(neutral.joints)[:, :22]).max() < 0.02
 
 
+def test_bedlam2s_sixteen_shapes_are_cut_and_pseudo_unless_the_rest_is_zero(
+    tmp_path: Path, free_body: BodyModel
+) -> None:
+    made = foreign.take(free_body, seed=5)
+    for scene, rest in (("sixteen", 0.5), ("ten", 0.0)):
+        shape = np.tile(np.append(made.betas, np.full(6, rest)), (4, 1))
+        foreign.write_bedlam(tmp_path, scene, made, step=1, shape=shape)
+    sixteen, ten = sorted(convert("bedlam", tmp_path, tmp_path / "out"), key=lambda clip: "ten" in clip.key[:4])
+    for clip in (sixteen, ten):
+        assert_is_back(clip, made)
+        assert np.abs(clip.betas - made.betas).max() < 1e-6 and clip.fps == 30
+    of_shape = ("betas", "translation", "joints3d", "joints2d")
+    assert {sixteen.status[name] for name in of_shape} == {"pseudo"}
+    assert {ten.status[name] for name in of_shape} == {sixteen.status["pose"]} == {"ground_truth"}
+
+
 def test_camerahmr_rows_are_stills(tmp_path: Path, free_body: BodyModel) -> None:
     made = foreign.take(free_body, seed=7)
-    names = [f"a/{9 - i}.jpg" for i in range(4)]
-    labels = foreign.bedlam_labels(made, names)
-    labels["trans_cam"] = made.trans_in_camera
-    (tmp_path / "labels").mkdir()
-    np.savez(tmp_path / "labels/coco-release.npz", **{k: v for k, v in labels.items() if k not in ("cam_ext", "sub")})
-    for name, image in zip(names, made.images, strict=True):
-        foreign.write_picture(tmp_path / "images/coco" / name, image)
+    foreign.write_camerahmr(tmp_path, made)
     clips = convert("camerahmr", tmp_path, tmp_path / "out")
     assert [len(c) for c in clips] == [1, 1, 1, 1]
     for i, clip in enumerate(clips):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +14,23 @@ import foreign_sets as foreign
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_decoder import make_encoder
 
 import fasthmr.evaluation.measuring as measuring
 from datamodules.encoding import EncodedFrames
 from fasthmr.body import load_body
 from fasthmr.body.files import FREE_BODY
+from fasthmr.checkpoint import human_fov_header
 from fasthmr.data.batch import ClipBatch
 from fasthmr.data.shards import ClipStore
 from fasthmr.evaluate import main
 from fasthmr.metrics.protocols import H36M_TO_14
 from fasthmr.models.human_fov import HumanFoV
-from fasthmr.pipeline import estimate_intrinsics
+from fasthmr.safetensors_io import write_safetensors
 from fasthmr.shard import main as shard
-from fasthmr.video.reading import Frames
 
+EVALUATE_MD = (Path(__file__).parents[1] / "docs/evaluate.md").read_text()
 QUICK = ["--precision=32", "--speed=false", "--workers=0", "--bootstrap=10"]
 #: the shape of the neutral body that is the rest shape of each gendered one
 SHAPES = {"neutral": [0.0] * 10, "male": [1.5, 1, -1, 0.5, 0, 0, 0, 0, 0, 0], "female": [-1.0, 1.5, 1] + [0.0] * 7}
@@ -155,9 +158,15 @@ def test_protocols_bodies_boxes_and_regressor_stand_on_top_of_the_table(lab, tmp
     top = (tmp_path / "table.md").read_text().split("\n\n")[0]
     assert f"ground truth {man} (1 clip), {woman} (1 clip)." in top and "predictions SMPL_NEUTRAL@" in top
     assert "Boxes: ground truth, as stored with the clips. Flip test: none." in top
+    assert "Training sets: not recorded in the checkpoints, so 3DPW's training split may be among them" in top
     assert "predicted shape: averaged over each clip's labelled frames" in top
     assert f"Regressor: {lab}/models/J_regressor_h36m.npy." in top
     assert results["truth"]["female"] == {"body": woman, "clips": 1}
+
+
+def test_what_was_trained_on_can_be_said(lab, tmp_path, oracle):
+    evaluated(lab, tmp_path, "--protocol=emdb-24", "--trained_on=BEDLAM and 3DPW's training split")
+    assert "\nTraining sets: BEDLAM and 3DPW's training split.\n" in (tmp_path / "table.md").read_text()
 
 
 def test_the_regressor_of_hmr2_is_a_pickle(lab, tmp_path, oracle):
@@ -306,17 +315,28 @@ def test_focal_lengths_that_cannot_be(lab, tmp_path, capsys, lengths, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_humanfov_gives_such_a_file(lab, tmp_path, oracle):
-    """As docs/evaluate.md shows, by a small network whose random weights make little of a field of view of 1 radian."""
+def test_humanfov_gives_such_a_file(lab, tmp_path, oracle, monkeypatch):
+    """docs/evaluate.md's own lines, on phone pictures: the file says to turn them, which a converter does not do."""
+    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", EVALUATE_MD, flags=re.S) if "load_human" in block)
+    made = foreign.take(load_body(lab / "models/smpl/SMPL_MALE.npz"), frames=20, size=(64, 48))
+    foreign.write_threedpw(tmp_path / "raw/3DPW", [made], ["m"], np.ones((1, 20)))
+    for picture in (tmp_path / "raw/3DPW/imageFiles").rglob("*.jpg"):
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        Image.open(picture).save(picture, exif=turned)
     torch.manual_seed(0)
-    made = people(lab)[0]
-    foreign.write_picture(tmp_path / "frames/0.png", made.images[0])
-    fov = HumanFoV(width=8).eval()
+    fov = HumanFoV(width=4).eval()  # its random weights make little of a field of view of 1 radian
     with torch.no_grad():
         fov.fc3.weight.mul_(0.01)
         fov.fc3.bias.fill_(1.0)
-        focal_px = estimate_intrinsics(fov, Frames(tmp_path / "frames"))[0, 0]
-    np.savez(tmp_path / "focal.npz", **{MAN: focal_px})
-    evaluated(lab, tmp_path / "out", "--protocol=emdb-24", f"--intrinsics={tmp_path}/focal.npz", "--max_clips=1")
+    write_safetensors(tmp_path / "human_fov.safetensors", human_fov_header(fov), fov.state_dict())
+    seen = []
+    monkeypatch.setattr(HumanFoV, "forward", lambda self, x, real=HumanFoV.forward: seen.append(x) or real(self, x))
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert len(seen) == 16
+    with np.load("focal.npz") as file:
+        focal_px = file[MAN]
+    assert float(focal_px) == pytest.approx(48 / (2 * np.tan(0.5)), rel=0.05)
+    evaluated(lab, tmp_path / "out", "--protocol=emdb-24", "--intrinsics=focal.npz", "--max_clips=1")
     assert oracle.focal_px == pytest.approx([float(focal_px)])
-    assert float(focal_px) == pytest.approx(made.size[1] / (2 * np.tan(0.5)), rel=0.05)

@@ -128,5 +128,23 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
         EvaluationStage(["-c", str(config)])
 
 
+@pytest.mark.parametrize("arguments", [["-c={}"], ["--config={}"], ["--config", "{}"]])
+def test_a_key_that_stands_twice_is_named_however_its_file_is_given(tmp_path, arguments):
+    config = tmp_path / "twice.yaml"
+    config.write_text("data: val\ndata: train\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml, line 2: 'data' is in line 1 already: remove one"):
+        EvaluationStage([argument.format(config) for argument in arguments])
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize("arguments", [["--data", "{}"], ["--data={}"], ["--model={}"], ["--trainer", "{}"]])
+def test_a_key_that_stands_twice_in_the_file_of_a_part_is_named(tmp_path, arguments):
+    part = tmp_path / "part.yaml"
+    part.write_text("init_args:\n  train: a\n  train: b\n")
+    config = CONFIG.with_name("encoder_tiny.yaml")
+    with pytest.raises(UsageError, match=r"part\.yaml, line 3: 'train' is in line 2 already: remove one"):
+        COMMANDS["fit"](["-c", str(config), *(argument.format(part) for argument in arguments)])
+
+
 def test_the_config_names_no_stage_that_a_file_on_its_own_does_not_have():
     assert "stage:" not in json.dumps(yaml.safe_load(CONFIG.read_text()))

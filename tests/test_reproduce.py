@@ -23,10 +23,11 @@ import fasthmr.merge
 import fasthmr.shard
 from fasthmr.body import BodyModel, load_body
 from fasthmr.body.files import FREE_BODY
-from fasthmr.checkpoint import encoder_id, load_decoder, load_encoder
+from fasthmr.checkpoint import encoder_id, load_decoder, load_encoder, load_human_fov
 from fasthmr.data.shards import ClipStore
 from fasthmr.fit import fit
 from fasthmr.geometry.rotations import axis_angle_to_matrix
+from fasthmr.models.human_fov import HumanFoV
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ROOT = Path(__file__).parents[1]
@@ -149,12 +150,18 @@ def write_regressor(folder: Path) -> np.ndarray:
     return regressor
 
 
+def write_human_fov(file: Path) -> None:
+    """HumanFoV, small, with a part that it never calls, as the original has one."""
+    file.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": HumanFoV(width=4).state_dict() | {"fc2.bias": torch.zeros(1)}}, file)
+
+
 def write_downloads(folder: Path) -> None:
     """All that the guide's first table asks for, in little."""
     write_regressor(folder)
     neutral, male, female = write_bodies(folder)
     raw = folder / "raw"
-    raw.mkdir()
+    write_human_fov(raw / "cam_model.ckpt")
     for model in MODELS:
         shutil.copy(FIXTURES / f"{model}_small.ckpt", raw / f"{model}.ckpt")
     foreign.write_threedpw(raw / "3DPW", [foreign.take(male, 8, seed=1, size=SIZE)], ["m"], np.ones((1, 8)))
@@ -200,6 +207,7 @@ def test_the_commands_lead_from_downloads_to_the_tables(tmp_path: Path, monkeypa
     for command in commands():
         run(command)
 
+    assert load_human_fov("human_fov.safetensors").width == 4
     for data, protocol in (("3dpw", "3dpw-14"), ("emdb", "emdb-24")):
         assert rows(f"baselines_{data}", protocol) == ["HMR2.0", "CameraHMR"]
         for model in MODELS:
@@ -282,7 +290,7 @@ def test_what_is_predicted_gets_the_error_that_it_has(tmp_path: Path, monkeypatc
     male_take, female_take = (foreign.take(body, 12, seed=s, size=SIZE) for body, s in ((male, 1), (female, 2)))
     valid = np.ones((2, 12), bool)
     valid[0, 5] = valid[1, :3] = False
-    (tmp_path / "raw").mkdir()
+    write_human_fov(tmp_path / "raw/cam_model.ckpt")
     foreign.write_threedpw(tmp_path / "raw/3DPW", [male_take, female_take], ["m", "f"], valid.astype(int))
     for made, gender, good in ((male_take, "male", valid[0]), (female_take, "female", valid[1])):
         foreign.write_emdb(tmp_path / "raw/EMDB", made, gender, gender=gender, good_frames_mask=good)

@@ -2,11 +2,15 @@
 
 Their read-outs are set so that every place of the picture is a person, or a dog: then a random network makes masks.
 YOLO's file is saved by ultralytics, RF-DETR's here, in the layout that rfdetr reads.
-Skipped where the extras `yolo` and `rfdetr` are not installed.
+Skipped where the extras `yolo` and `rfdetr` are not installed: `make test-segmenters` installs them.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,13 @@ import torch
 from tiny_clips import drawn_clip
 
 from fasthmr.conventions import MASK_SUBJECT
+from fasthmr.data.convert.reading import ConvertError
+from fasthmr.data.masks import RfDetr
 from fasthmr.data.schema import Clip, PackedImages
 from fasthmr.data.shards import ClipStore, verify_shards, write_shards
 from fasthmr.shard import main
 
+os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # as the command does; these tests import ultralytics before it
 FRAMES, CROP_PX = 2, 384
 CERTAIN = 5.0
 
@@ -88,9 +95,8 @@ def test_a_yolo_that_only_finds_boxes_is_refused(tmp_path: Path, capsys: pytest.
     assert "is a network to detect 80 classes: it takes one to segment" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("category", "found"), [(1, True), (18, False)])
-def test_rf_detr_seg(tmp_path: Path, category: int, found: bool) -> None:
-    """COCO's category 1 is people, 18 dogs."""
+def rf_detr_file(path: Path, category: int, **args: Any) -> Path:
+    """Everything is of `category`, and everything is its mask."""
     rfdetr = pytest.importorskip("rfdetr")
     torch.manual_seed(0)
     network = rfdetr.RFDETRSegNano(pretrain_weights=None, device="cpu").model.model
@@ -98,7 +104,58 @@ def test_rf_detr_seg(tmp_path: Path, category: int, found: bool) -> None:
         network.class_embed.bias.fill_(-CERTAIN)
         network.class_embed.bias[category] = CERTAIN
         network.segmentation_head.bias.fill_(CERTAIN)
-    weights = tmp_path / "rf-detr-seg-nano.pt"
-    torch.save({"model": network.state_dict(), "args": {"num_classes": 90}}, weights)
-    masks = masked(tmp_path, "rfdetr", weights)
+    torch.save({"model": network.state_dict(), "args": {"num_classes": 90, **args}}, path)
+    return path
+
+
+@pytest.mark.parametrize(("category", "found"), [(1, True), (18, False)])
+def test_rf_detr_seg(tmp_path: Path, category: int, found: bool) -> None:
+    """COCO's category 1 is people, 18 dogs."""
+    weights = rf_detr_file(tmp_path / "rf-detr-seg-nano.pt", category)
+    masks = masked(tmp_path, "rfdetr", weights, workers=1 + found)
     assert all((mask == MASK_SUBJECT).any() == found for mask in masks)
+
+
+def test_an_rf_detr_goes_to_other_processes_after_it_ran(tmp_path: Path) -> None:
+    segmenter = RfDetr(str(rf_detr_file(tmp_path / "rf-detr-seg-nano.pt", 1)))
+    clip = drawn_clip("clip", FRAMES)
+    here, there = (
+        one.people(clip, 0, clip.frames.decode(0)) for one in (segmenter, pickle.loads(pickle.dumps(segmenter)))
+    )
+    assert here.any() and np.array_equal(here, there)
+
+
+def test_an_rf_detr_that_does_not_know_people_is_refused(tmp_path: Path) -> None:
+    weights = rf_detr_file(tmp_path / "rf-detr-seg-nano.pt", 1, class_names=["dog", "cat"])
+    with pytest.raises(ConvertError, match="knows the classes dog, cat: it takes a network one of whose classes is"):
+        RfDetr(str(weights))
+
+
+class Hostile:
+    """A pickle that makes a file when it is run."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(("by", "package"), [("yolo", "ultralytics"), ("rfdetr", "rfdetr")])
+@pytest.mark.parametrize("what", ["junk", "hostile"])
+def test_bad_weights_end_in_one_line_and_nothing_of_them_is_run(
+    tmp_path: Path, by: str, package: str, what: str
+) -> None:
+    pytest.importorskip(package)
+    weights = tmp_path / "rf-detr-seg-nano.pt"
+    torch.save({"model": Hostile(tmp_path / "it ran"), "args": {}}, weights)
+    if what == "junk":
+        weights.write_bytes(b"no weights at all")
+    write_shards(WithoutMasks(), tmp_path / "bare", progress=False)
+    command = ["masks", str(tmp_path / "bare"), "--out", str(tmp_path / "out"), "--by", by, "--source", str(weights)]
+    # in a process that has not imported the package: then it is set to be safe
+    ended = subprocess.run([sys.executable, "-m", "fasthmr.shard", *command], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"error: the weights '{weights}' could not be loaded: ")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "it ran").exists() and not (tmp_path / "out").exists()

@@ -7,6 +7,8 @@ sticks out of it least. The crop, not the full image, is what it sees; that is w
 from __future__ import annotations
 
 import hashlib
+import os
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +82,12 @@ def clips_id(manifest: Manifest) -> str:
     return hashlib.sha256("".join(sorted(manifest.shards.values())).encode()).hexdigest()
 
 
+def frames_without_person(folder: str | Path) -> int:
+    """How many frames of a set have a mask without the person who is tracked."""
+    masks = (clip.masks.decode(frame) for clip in ClipStore(folder) for frame in range(len(clip)))
+    return sum(not (mask == MASK_SUBJECT).any() for mask in masks)
+
+
 def tell_apart(people: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Instances (S,S) uint8 of masks (N,S,S): the person of the box (4,) x0 y0 x1 y1 px, and others."""
     label = np.zeros(people.shape[1:], np.uint8)
@@ -143,17 +151,18 @@ class Yolo:
     """Ultralytics' YOLO with masks. **AGPL-3.0**: what serves or ships a program with it must open its source.
 
     Args:
-        weights: a .pt file, such as yolo11x-seg.pt; a bare name is downloaded by ultralytics itself. It is a pickle,
-            which ultralytics runs.
+        weights: a .pt file, such as yolo11x-seg.pt; a bare name is downloaded by ultralytics itself. It is a pickle, of
+            which ultralytics makes only its own and torch's layers; with ULTRALYTICS_SAFE_LOAD=0 it runs it.
         load: makes the network of the weights; tests give their own.
 
     Raises:
-        ConvertError: the package is not installed, or the network makes no masks of people.
+        ConvertError: the package is not installed, the file is damaged or unsafe, or the network makes no masks of
+            people.
     """
 
     def __init__(self, weights: str, load: Callable[[str], Any] | None = None) -> None:
         self._weights, self._load = weights, load or _ultralytics
-        self._network = self._load(weights)
+        self._network = _loaded(self._load, weights)
         self._person = [number for number, name in self._network.names.items() if name == _PERSON]
         if self._network.task != "segment" or not self._person:
             raise ConvertError(
@@ -184,12 +193,18 @@ class RfDetr:
         load: makes the network of the weights; tests give their own.
 
     Raises:
-        ConvertError: the package is not installed, or the network makes no masks.
+        ConvertError: the package is not installed, the file is damaged or unsafe, or the network makes no masks of
+            people.
     """
 
     def __init__(self, weights: str, load: Callable[[str], Any] | None = None) -> None:
         self._weights, self._load = weights, load or _rfdetr
-        self._network = self._load(weights)
+        self._network = _loaded(self._load, weights)
+        if _PERSON not in (names := self._network.class_names):
+            raise ConvertError(
+                f"{weights} knows the classes {textwrap.shorten(', '.join(names), 80)}: it takes a network one of "
+                f"whose classes is {_PERSON!r}, such as rf-detr-seg-medium.pt"
+            )
 
     def people(self, clip: Clip, frame: int, image: np.ndarray) -> np.ndarray:
         """Masks of the class person."""
@@ -205,7 +220,19 @@ class RfDetr:
         return type(self), (self._weights, self._load)  # the networks themselves cannot be pickled once they ran
 
 
+def _loaded(load: Callable[[str], Any], weights: str) -> Any:
+    """The network of a file of weights; whatever those who read it say of a bad one is a ConvertError."""
+    try:
+        return load(weights)
+    except ConvertError:
+        raise
+    except Exception as error:  # of any kind: the readers are others', and fail where the file happens to be wrong
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ConvertError(f"the weights {weights!r} could not be loaded: {why}") from error
+
+
 def _ultralytics(weights: str) -> Any:
+    os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # read when it is imported: nothing in the pickle is run
     try:
         from ultralytics import YOLO
     except ImportError as error:

@@ -30,6 +30,8 @@ class EvaluationConfig:
             (docs/evaluate.md).
         intrinsics: the focal length that CameraHMR is told: `truth`, that of the clips; `diagonal`, of the image; or an
             .npz file of those of all clips, such as HumanFoV's (docs/evaluate.md).
+        trained_on: what the systems were trained on, in words, for the table: checkpoints do not say, and the errors on
+            3DPW depend on whether its training split is among it.
         precision: of the encoders, bf16 (autocast) or 32; all else is computed in float32.
         mask_people: whose tokens are protected: of the `subject`, or of `all`.
         steps: denoising steps of decoders.
@@ -56,6 +58,7 @@ class EvaluationConfig:
     regressor: str | None = None
     boxes: str = TRUTH
     intrinsics: str = TRUTH
+    trained_on: str | None = None
     precision: Precision = "bf16"
     mask_people: People = "subject"
     steps: int = 1

@@ -27,6 +27,8 @@ from fasthmr.side_by_side import write_side_by_side
 
 TABLE, RESULTS, SEQUENCES, VIDEO = "table.md", "results.json", "sequences.csv", "side_by_side.mp4"
 
+_UNKNOWN_SETS = "not recorded in the checkpoints, so 3DPW's training split may be among them (--trained_on names them)"
+
 
 def describe(results: Mapping[str, Any]) -> str:
     """table.md: protocol and data on top, the tables, and what their numbers are."""
@@ -40,6 +42,7 @@ def describe(results: Mapping[str, Any]) -> str:
         f"Bodies: predictions {results['body']}; ground truth {truth}.",
         f"Boxes: {_boxes(results['boxes'])}. Flip test: none.",
         f"Focal lengths, which CameraHMR is told: {_lenses(results['intrinsics'])}.",
+        f"Training sets: {config['trained_on'] or _UNKNOWN_SETS}.",
         f"Encoders in {config['precision']} on {machine['device']} ({machine['name']}), decoders in "
         f"{_counted(config['steps'], 'step')} of float32; {_counted(results['processes'], 'process', 'processes')}.",
     ]

@@ -10,6 +10,7 @@ and what is skipped, is said in `fasthmr.data.synth.amass`, which does the readi
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fasthmr.data.convert.reading import ConvertError
-from fasthmr.data.convert.source import Report, map_in_processes
+from fasthmr.data.convert.source import UNUSABLE, Report, map_in_processes
 from fasthmr.data.synth.amass import MotionFolder
 from fasthmr.data.synth.motion import Motion, MotionError
-from fasthmr.files import written_whole
+from fasthmr.files import write_text, written_whole
 
 LICENCE = "AMASS is for non-commercial research: register at https://amass.is.tue.mpg.de"
 #: of packs
@@ -62,17 +63,21 @@ def seconds(subsets: Sequence[Subset]) -> float:
     return sum(path.stat().st_size for subset in subsets for path in subset.files) / rate
 
 
-def pack(root: Path, subset: Subset, target: Path, workers: int, progress: bool = True) -> Report:
-    """Write a subset as one pack; if `target` is there already, only say what it holds.
+def pack(root: Path, subset: Subset, target: Path, workers: int, max_unusable: float, progress: bool = True) -> Report:
+    """Write a subset as one pack, with its report beside it; if both are there already, only read the report.
 
     Returns:
         The report; a file that cannot be read is named in it.
+
+    Raises:
+        ConvertError: more than the share `max_unusable` of the files cannot be read; nothing is written.
     """
-    report = Report(units=1, tracks=len(subset.files))
-    if target.exists():
-        packed = MotionFolder(target)
-        report.clips, report.frames = len(packed), packed.num_windows(1, FPS)
+    told = target.with_suffix(".report.json")
+    if target.exists() and told.exists():
+        report = Report.read(told.parent, told.name)
+        report.require_usable(max_unusable)
         return report
+    report = Report(units=1, tracks=len(subset.files))
     motions: list[Motion] = []
     with map_in_processes(min(workers, len(subset.files))) as apply:
         results = apply(_motion, subset.files)
@@ -83,22 +88,27 @@ def pack(root: Path, subset: Subset, target: Path, workers: int, progress: bool 
                 motions.append(result)
                 report.clips, report.frames = report.clips + 1, report.frames + len(result)
             else:
-                report.drop(result, path.relative_to(root).as_posix())
+                reason, what = result
+                report.drop(reason, what or path.relative_to(root).as_posix())
+    report.require_usable(max_unusable)
     if motions:
         write_pack(target, [m.name for m in motions], motions)
+    write_text(told, report.to_json())
     return report
 
 
-def _motion(path: Path) -> Motion | str:
-    """The whole motion of a file; or why there is none."""
+def _motion(path: Path) -> Motion | tuple[str, str]:
+    """The whole motion of a file; or why there is none, and what is wrong with the file if anything is."""
     if path.stem == _NO_MOTION[0] or path.stem.endswith(_NO_MOTION[1]):
-        return "a body's shape, no motion"
+        return "a body's shape, no motion", ""
     try:
         folder = MotionFolder(path)
         frames = folder.num_windows(1, FPS)
         motion = folder.window(0, frames, FPS, np.random.default_rng(0))
     except MotionError as error:
-        return "shorter than 25 frames" if "shorter than 25 frames" in str(error) else f"cannot be read ({error})"
+        return ("shorter than 25 frames", "") if "shorter than 25 frames" in str(error) else (UNUSABLE, str(error))
+    except zlib.error as error:
+        return UNUSABLE, f"{path} cannot be unpacked: {error}"
     return Motion(motion.pose, motion.translation, motion.fps, path.stem)
 
 

@@ -14,7 +14,8 @@ Picture numbers count at 30 fps; BEDLAM's labels have every fifth. Rows of one `
 cut where a picture number is left out, and where the camera zooms.
 
 SMPL-X labels are of no SMPL body: of them the rotations of the 21 body joints are kept, as pseudo labels, and the
-keypoints. Labels of 16 shapes are cut to 10, and are then pseudo labels.
+keypoints. Labels of 16 shapes are cut to 10, and are then pseudo labels. A file without `sub` or `cam_ext` is of single
+pictures, as CameraHMR's are: it makes no tracks.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ _RENDERED_FPS = 30.0
 #: names of scenes whose pictures lie on their side
 _LYING = ("closeup", "portrait")
 _SMPLX_BODY_JOINTS = 22
+#: what rows of films have beside those of single pictures
+_OF_FILMS = ("cam_ext", "sub")
 _FROM_SMPL = ("joints2d", "joints3d", "pose", "betas", "translation")
 
 
@@ -101,8 +104,13 @@ class _Scene:
         self._labels = read_npz(
             inside(foreign.root, unit),
             ("imgname", "center", "scale", "pose_cam", "shape", "trans_cam", "cam_int"),
-            ("cam_ext", "gtkps", "gender", "sub"),
+            (*_OF_FILMS, "gtkps", "gender"),
         )
+        if not foreign.stills and (lacking := [name for name in _OF_FILMS if name not in self._labels]):
+            raise ConvertError(
+                f"{unit} has no {' and no '.join(lacking)}, which {foreign.title}'s labels have. If it is CameraHMR's, "
+                "of single pictures, use `convert camerahmr`"
+            )
         names = self._labels["imgname"]
         self._names = list(map(text, names.tolist()))
         rows = len(names)
@@ -122,8 +130,7 @@ class _Scene:
         if self._foreign.stills:
             return [(f"{self.name}_{i:07d}", np.array([i]), 1.0) for i in range(len(self._names))]
         people: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        who = self._labels.get("sub", np.zeros(len(self._names)))
-        for row, (name, sub) in enumerate(zip(self._names, who.tolist(), strict=True)):
+        for row, (name, sub) in enumerate(zip(self._names, self._labels["sub"].tolist(), strict=True)):
             folder, number = _folder_and_number(name, self._unit)
             people.setdefault((folder, str(sub)), []).append((number, row))
         groups: list[tuple[str, np.ndarray, float]] = []
@@ -153,7 +160,7 @@ class _Scene:
             if "cam_ext" in labels:
                 given["translation"] = given["translation"] + numbers(labels, "cam_ext", (count, 4, 4), where)[:, :3, 3]
             if np.nan_to_num(shape[:, NUM_BETAS + (shape.shape[1] == 11) :]).any():
-                status |= dict.fromkeys(("betas", "translation", "joints3d"), "pseudo")
+                status |= dict.fromkeys(set(_FROM_SMPL) - {"pose"}, "pseudo")
         else:
             smplx = numbers(labels, "pose_cam", (count, 165), where).reshape(count, 55, 3)
             pose = np.zeros((count, NUM_JOINTS, 3))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fasthmr.body import BodyModel
 from fasthmr.data.convert.reading import ConvertError, inside
-from fasthmr.data.convert.track import OFF, UNUSABLE_FRAME, Crops, Tracks, make_clips
+from fasthmr.data.convert.track import BAD_PICTURE, KEPT, OFF, UNUSABLE_FRAME, Crops, Tracks, make_clips
 from fasthmr.data.index import Manifest, ShardIndex
 from fasthmr.data.schema import Clip, Gender
 from fasthmr.data.shards import Dropped
@@ -139,12 +139,28 @@ class Report:
             yield f"left out: {times} x {reason}: {', '.join(self.named[reason])}{more}"
 
     @classmethod
-    def read(cls, folder: Path) -> Report:
-        content = json.loads((folder / REPORT).read_text())
+    def read(cls, folder: Path, name: str = REPORT) -> Report:
+        content = json.loads((folder / name).read_text())
         return cls(**content | {name: Counter(content[name]) for name in ("dropped", "frames_without_labels")})
 
     def to_json(self) -> str:
         return json.dumps(vars(self), indent=1)
+
+    def require_usable(self, most: float) -> None:
+        """Refuse a download of which more than the share `most` cannot be used: of its tracks, or of its pictures.
+
+        Raises:
+            ConvertError: naming the first few.
+        """
+        for reason, what, total, again in (
+            (UNUSABLE, "tracks have labels that", self.tracks, "again"),
+            (BAD_PICTURE, "pictures or masks", self.frames + self.dropped[BAD_PICTURE], "again, convert anew"),
+        ):
+            if (times := self.dropped[reason]) > most * total:
+                raise ConvertError(
+                    f"{times} of {total} {what} cannot be used ({'; '.join(self.named[reason])}): are they of this "
+                    f"format? Download them {again}, or leave them out with --max_unusable"
+                )
 
 
 @dataclass(frozen=True)
@@ -316,9 +332,11 @@ def written_report(planned: Report, folder: Path, manifest: Manifest) -> Report:
     total.frames_without_labels.clear()  # the plan knew fewer reasons, and counted clips that were left out
     for name in sorted(manifest.shards):
         for why in ShardIndex.read(folder / name).dropped:
-            if off := OFF.match(why):
+            if not (off := OFF.match(why)):
+                reason, _, what = why.partition(": ")
+                total.drop(reason, what)
+            elif off["fate"] == KEPT:
                 total.frames_without_labels[off["reason"]] += int(off["times"])
-                continue
-            reason, _, what = why.partition(": ")
-            total.drop(reason, what)
+            else:
+                total.drop(f"frame of a clip without any labels ({off['reason']})", off["key"], int(off["times"]))
     return total

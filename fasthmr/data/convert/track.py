@@ -40,8 +40,10 @@ _SAME_BETA = 1e-5
 #: why a frame stays in its clip with `valid` off; the first one that applies
 UNUSABLE_FRAME = "the set says so, or they hold NaN"
 _CAMERA, _BEHIND, _AWAY = "the camera's rotation is none", "the person is behind the camera", "nobody in the picture"
-#: what `Dropped` says of such frames of a clip that is kept
-OFF = re.compile(r"kept without labels: (?P<times>\d+) frames: (?P<reason>[^:]*): ")
+#: what `Dropped` says of such frames, whether their clip is kept or they are all that it has
+KEPT, LOST = "kept without labels", "left out with the clip"
+OFF = re.compile(rf"(?P<fate>{KEPT}|{LOST}): (?P<times>\d+) frames: (?P<reason>[^:]*): (?P<key>.*)")
+BAD_PICTURE = "a picture or mask that cannot be used"
 
 #: what sets that use whole words call them
 GENDERS: dict[str, Gender] = {"neutral": "neutral", "male": "male", "female": "female"}
@@ -243,7 +245,7 @@ def make_clips(
         return _make_clip(part, root, bodies, crops)
     except ConvertError:
         harm = [_harm(part, frame, root) for frame in range(len(part))]
-        left_out = [Dropped(f"a picture or mask that cannot be used: {why}") for why in harm if why]
+        left_out = [Dropped(f"{BAD_PICTURE}: {why}") for why in harm if why]
         pieces = part.pieces(0, np.array([not why for why in harm]))
         clips = [_make_clip(track.part(first + start, first + end), root, bodies, crops) for start, end in pieces]
         return [*chain.from_iterable(clips), *left_out]
@@ -259,15 +261,17 @@ def _harm(track: Track, frame: int, root: Path) -> str:
 
 
 def _make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], crops: Crops) -> list[Clip | Dropped]:
-    """The clip of a track, and which of its frames are off; or why there is none.
+    """The clip of a track, and which of its frames are off; no clip if all are.
 
     Raises:
         ConvertError: a picture or mask cannot be used.
     """
     first = _upright(root, track, 0)
     labels = _Labels.of(track, bodies, np.array([first.shape[1], first.shape[0]]))
+    fate = KEPT if labels.valid.any() else LOST
+    off = [Dropped(f"{fate}: {times} frames: {why}: {track.key}") for why, times in labels.off.items()]
     if not labels.valid.any():
-        return [Dropped(f"no frame with labels of somebody in the picture: {track.key}")]
+        return [*off]
     crop_from_image = crop_affine(labels.center, STORED_SCALE * labels.size, crops.crop_px)
     images, masks = [], []
     for frame in range(len(track)):
@@ -278,7 +282,6 @@ def _make_clip(track: Track, root: Path, bodies: Mapping[Gender, BodyModel], cro
         mask = _mask(track, frame, image)
         side = (crops.crop_px, crops.crop_px)
         masks.append(cv2.warpAffine(mask, crop_from_image[frame], side, flags=cv2.INTER_NEAREST))
-    off = [Dropped(f"kept without labels: {times} frames: {why}: {track.key}") for why, times in labels.off.items()]
     clip = Clip(
         key=track.key,
         source=track.source,
@@ -451,16 +454,32 @@ def _boxes(
     if "size" in given and "center" in given:
         center, size = given["center"].copy(), given["size"].copy()
     for frame in np.flatnonzero(size < _SMALLEST_BOX_PX):
-        points = np.zeros((0, 2))
         if vertices is not None and "intrinsics" in given:
-            points = _projected(vertices[frame], given["intrinsics"][frame])
-        elif "joints2d" in given:
+            shown = _inside(_projected(vertices[frame], given["intrinsics"][frame]), image_size)
+            if len(shown):
+                center[frame], size[frame] = square_box(shown)
+        elif "joints2d" in given:  # few: the box reaches towards those that do not show, as the person does
             points = given["joints2d"][frame][given["joints2d"][frame, :, 2] > 0, :2]
-        if ((points >= 0) & (points <= image_size - 1)).all(1).any():  # or it would be a box on the picture's edge
-            padding = 1.0 if vertices is not None else _BOX_OVER_JOINTS
-            center[frame], size[frame] = square_box(np.clip(points, 0, image_size - 1), padding)
+            shown = _inside(points, image_size)
+            enough = len(shown) > 1 and np.ptp(shown, axis=0).max() >= _SMALLEST_BOX_PX
+            if enough or _surround(points, image_size):  # or it would be a box on the picture's edge
+                center[frame], size[frame] = square_box(np.clip(points, 0, image_size - 1), _BOX_OVER_JOINTS)
     overlap = (center + size[:, None] / 2 > 0) & (center - size[:, None] / 2 < image_size - 1)
     return center, size, (size >= _SMALLEST_BOX_PX) & overlap.all(-1)
+
+
+def _inside(points: np.ndarray, image_size: np.ndarray) -> np.ndarray:
+    """Those of the points (N,2) px that lie in the picture."""
+    return points[((points >= 0) & (points <= image_size - 1)).all(1)]
+
+
+def _surround(points: np.ndarray, image_size: np.ndarray) -> bool:
+    """Whether the whole picture lies within the outline of points (N,2) px, as of a person who fills it."""
+    if len(points) < 3:
+        return False
+    outline = cv2.convexHull(points.astype(np.float32))
+    corners = np.array([(0, 0), (0, 1), (1, 0), (1, 1)]) * (image_size - 1.0)
+    return all(cv2.pointPolygonTest(outline, corner.tolist(), False) >= 0 for corner in corners)
 
 
 def _filled(center: np.ndarray, size: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
