@@ -16,8 +16,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 help:
 	@echo "make fit      set up, film synthetic clips, FastHMR in miniature on them (about 12 minutes on 2 cores)"
-	@echo "make test     set up and run the tests (about 10 minutes on 2 cores)"
-	@echo "make test-slurm  as root on Debian: install SLURM and shellcheck, run slurm/ on two nodes (2 to 3 minutes)"
+	@echo "make test     set up and run the tests (about 11 minutes on 2 cores)"
+	@echo "make test-slurm  as root on Debian: install SLURM and shellcheck, run slurm/ on two nodes (about 3 minutes)"
 	@echo "make test-body  install Anny (0.5 GB) and check that it still makes the free body, byte by byte"
 	@echo "make test-segmenters  install YOLO and RF-DETR beside it (about 3 GB) and make masks with them, of random weights"
 	@echo "make check    ruff, mypy and the layering contract"
@@ -39,7 +39,7 @@ fit: $(INSTALLED)
 	$(BIN)/python -m fasthmr.fit -c conf/fasthmr.yaml $(ARGS)
 
 test: $(INSTALLED)
-	@echo "[test] running the tests (about 10 minutes on 2 cores)"
+	@echo "[test] running the tests (about 11 minutes on 2 cores)"
 	$(BIN)/python -m pytest -n 2 -m "not slurm" $(ARGS)
 
 # The daemons are started by the tests, with a configuration of their own, and not by the packages.
