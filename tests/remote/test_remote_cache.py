@@ -21,7 +21,6 @@ from datamodules.clips import ClipDataModule
 from datamodules.samples import TrainSampling
 from datamodules.stream import StreamLoader
 from fasthmr import stopping
-from fasthmr.data import remote
 from fasthmr.data.remote import ShardCache
 from fasthmr.data.shards import ClipStore, ShardError
 from fasthmr.data.store import fetch_shards
@@ -29,29 +28,6 @@ from fasthmr.data.synth.source import SynthConfig
 from fasthmr.data.transforms import Augmentation
 
 TARS = [f"shard-{i:06d}.tar" for i in range(3)]  # of three, three and one clip
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("made") / "set", 7)
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    """The set that is served, to damage."""
-    return Path(shutil.copytree(made, tmp_path / "served" / "set"))
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[FaultyServer]:
-    with serving(folder.parent) as server:
-        yield server
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardCache:
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
-    return ShardCache(str(tmp_path / "cache"), attempts=3, timeout_s=20)
 
 
 def tars_in(cache: ShardCache) -> list[str]:

@@ -4,46 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.faulty_server import FaultyServer, instead, serving, status
-from tiny_training import make_set
+from helpers.faulty_server import FaultyServer, instead, status
 
 from fasthmr.data import remote
 from fasthmr.data.remote import RemoteSet, ShardCache
 from fasthmr.data.shards import ClipStore, ShardError
 
 TARS = [f"shard-{i:06d}.tar" for i in range(3)]  # of three, three and one clip
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("made") / "set", 7)
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    """The set that is served, to damage."""
-    return Path(shutil.copytree(made, tmp_path / "served" / "set"))
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[FaultyServer]:
-    with serving(folder.parent) as server:
-        yield server
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardCache:
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
-    return ShardCache(str(tmp_path / "cache"), attempts=3, timeout_s=20)
 
 
 def change_json(path: Path, **changes: object) -> None:
