@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import time
 import tracemalloc
@@ -14,7 +15,8 @@ from fasthmr.data.index import MANIFEST, IndexedSample, Samples
 from fasthmr.data.schema import SCHEMA_VERSION
 from fasthmr.data.shards import ClipStore
 
-CLIPS, CLIPS_PER_SHARD = 20_000, 100  # docs/shards.md has what this prints (-s) for a million
+# docs/shards.md has what this prints (-s) for a million
+CLIPS, CLIPS_PER_SHARD = int(os.environ.get("CLIPS", 20_000)), 100
 MEMBERS = {"meta.json": 300, "labels.npz": 10_000, "frames.jpgs": 40_000, "masks.pngs": 2_000}
 
 
