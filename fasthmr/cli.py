@@ -49,6 +49,15 @@ class FitParser(LightningArgumentParser):
                     refuse_double_keys(Path(value).read_text(), value)
         return super().parse_args(args, *rest, **settings)
 
+    def completed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config with the default of each key that it lacks.
+
+        Raises:
+            UsageError: it has a key that there is not.
+        """
+        completed: dict[str, Any] = yaml.safe_load(self.dump(self.parse_object(config), skip_none=False))
+        return completed
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise UsageError instead of printing usage and leaving."""
         raise UsageError(explain(message, self))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
@@ -72,15 +71,8 @@ class EvaluationStage:
         return text
 
     def completed(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config with the default of each key that it lacks.
-
-        Raises:
-            UsageError: it has a key that there is not.
-        """
-        completed: dict[str, Any] = yaml.safe_load(
-            self._parser.dump(self._parser.parse_object(config), skip_none=False)
-        )
-        return completed
+        """As the parser's."""
+        return self._parser.completed(config)
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate, and show what was found in TensorBoard as well.

@@ -194,12 +194,9 @@ class FitCLI(LightningCLI):
         return text
 
     def completed(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config with the default of each key that it lacks.
-
-        Raises:
-            UsageError: it has a key that there is not.
-        """
-        completed: dict[str, Any] = yaml.safe_load(self.parser.dump(self.parser.parse_object(config), skip_none=False))
+        """As the parser's."""
+        parser: Any = self.parser  # a FitParser
+        completed: dict[str, Any] = parser.completed(config)
         return completed
 
     @property
