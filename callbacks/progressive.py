@@ -23,6 +23,7 @@ from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.merging import LayerMergePlan
 from fasthmr.merging.policies import Choice, least_error_window, most_similar_window
 from fasthmr.merging.similarity import linear_cka
+from fasthmr.precision import PrecisionChoice, chosen_precision, require_precision
 from fasthmr.report import draw_plan, figure_pixels
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ProgressiveMerging(L.Callback):
         frames_per_clip: calibration frames of each clip.
         max_clips: calibration clips; null for all.
         moments: Adam moments of a merged layer: of the "later" layer, or "reset".
-        precision: of the calibration, "bf16" or "32".
+        precision: of the calibration: "bf16", "32", or "auto", the faster one on the device.
         cache_gb: memory for outputs of layers that do not change.
 
     Raises:
@@ -83,7 +84,7 @@ class ProgressiveMerging(L.Callback):
         frames_per_clip: int = 80,
         max_clips: int | None = None,
         moments: Moments = "later",
-        precision: Literal["bf16", "32"] = "bf16",
+        precision: PrecisionChoice = "auto",
         cache_gb: float = 2.0,
     ) -> None:
         due = {"at_steps": at_steps, "at_epochs": at_epochs, "every_n_steps": every_n_steps, "settled_mm": settled_mm}
@@ -104,8 +105,7 @@ class ProgressiveMerging(L.Callback):
             raise ValueError("plan belongs to policy: schedule, which needs it")
         if moments not in ("later", "reset"):
             raise ValueError(f"moments must be 'later' or 'reset', got {moments!r}")
-        if precision not in ("bf16", "32"):
-            raise ValueError(f"precision must be 'bf16' or '32', got {precision!r}")
+        require_precision(precision)
         for name, value, least in (
             ("every_n_steps", every_n_steps, 1),
             ("layers_per_event", layers_per_event, 1),
@@ -122,7 +122,8 @@ class ProgressiveMerging(L.Callback):
         self.layers_per_event, self.target_layers = layers_per_event, target_layers
         self.frames_per_clip, self.max_clips = frames_per_clip, max_clips
         self.moments: Moments = moments
-        self.precision, self.cache_gb = precision, cache_gb
+        self.precision: PrecisionChoice = precision
+        self.cache_gb = cache_gb
         self._target = 1
         self._frames: CalibrationSet | None = None
         self._settings: dict[str, Any] = {}
@@ -330,7 +331,7 @@ class ProgressiveMerging(L.Callback):
             "layers_per_event": self.layers_per_event,
             "target_layers": self._target,
             "moments": self.moments,
-            "precision": self.precision,
+            "precision": chosen_precision(self.precision, module.device),
             "frames_per_clip": self.frames_per_clip,
             "max_clips": self.max_clips,
             "calibration_id": frames.id,

@@ -15,13 +15,13 @@ from fasthmr.data.batch import ClipBatch, collate, person_mask
 from fasthmr.data.schema import Clip
 from fasthmr.data.transforms import CROP_SCALE, Augmentation, make_sample
 from fasthmr.models.hmr import HMR
+from fasthmr.precision import Precision, autocast
 
 #: Frames that go through the encoder at once, from a multiple of it on. A matrix product of other sizes may round
 #: otherwise, so a frame always travels with the same neighbours, whichever window of the clip is asked for.
 CHUNK_FRAMES = 32
 
 People = Literal["subject", "all"]
-Precision = Literal["bf16", "32"]
 
 
 class EncodedFrames(NamedTuple):
@@ -96,13 +96,13 @@ class FrameEncoder:
     Args:
         hmr: the encoder; put into evaluation mode.
         mask_people: whose tokens merging protects: the tracked person's, or all people's.
-        precision: "bf16" (autocast) or "32".
+        precision: that it computes in.
 
     Raises:
         ValueError: another choice of these.
     """
 
-    def __init__(self, hmr: HMR, mask_people: People = "subject", precision: Precision = "bf16") -> None:
+    def __init__(self, hmr: HMR, mask_people: People = "subject", precision: Precision = "32") -> None:
         for name, value, choices in (("mask_people", mask_people, People), ("precision", precision, Precision)):
             if value not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
@@ -125,7 +125,7 @@ class FrameEncoder:
         self.hmr.to(device)
         merging, outputs = self.hmr.config.token_merging, []
         required = merging is not None and merging.mask == "given"
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(self.precision, device):
             for chunk in chunks:
                 chunk = chunk.to(device)
                 mask = person_mask(chunk, self.mask_people, required)

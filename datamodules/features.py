@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.clips import ClipDataModule
-from datamodules.encoding import EncodedFrames, FrameEncoder, People, Precision, TrueFrames, cut_chunks
+from datamodules.encoding import EncodedFrames, FrameEncoder, People, TrueFrames, cut_chunks
 from datamodules.feature_cache import CachedFrames, FeatureCache
 from datamodules.mixture import Mixture
 from datamodules.order import ResumableLoader, SampleId, ValidationOrder
@@ -27,6 +27,7 @@ from fasthmr.data.shards import ClipStore
 from fasthmr.data.synth.source import SynthConfig
 from fasthmr.data.transforms import CROP_SCALE
 from fasthmr.geometry.rotations import axis_angle_to_matrix
+from fasthmr.precision import PrecisionChoice, chosen_precision, require_precision
 
 _TENSORS = ("features", "rotations", "betas", "predicted_rotations", "predicted_betas", "camera", "valid", "fps")
 
@@ -202,7 +203,7 @@ class FeatureDataModule(ClipDataModule):
         batch_size: windows per training batch and rank.
         val_batch_size: windows per validation batch and rank.
         mask_people: whose tokens merging protects: the tracked person's, or all people's.
-        precision: of the encoder, "bf16" (autocast, the pipeline's default) or "32".
+        precision: of the encoder: "bf16", "32", or "auto", the faster one on the device.
         crop_scale: side of the network's crop over that of the tight person box.
         workers: loader processes per rank and loader, and processes that make shards.
         seed: of order and windows.
@@ -224,7 +225,7 @@ class FeatureDataModule(ClipDataModule):
         batch_size: int = 32,
         val_batch_size: int = 8,
         mask_people: People = "subject",
-        precision: Precision = "bf16",
+        precision: PrecisionChoice = "auto",
         crop_scale: float = CROP_SCALE,
         workers: int = 2,
         seed: int = 0,
@@ -241,7 +242,8 @@ class FeatureDataModule(ClipDataModule):
             raise ValueError(f"window must be at least 3, or there is no acceleration, got {window}")
         self.encoder, self.folder, self.cache, self.window = encoder, Path(folder), cache, window
         self.mask_people: People = mask_people
-        self.precision: Precision = precision
+        require_precision(precision)
+        self.precision: PrecisionChoice = precision
         self._frame_encoder: FrameEncoder | None = None
         self._encoder_id: str | None = None
         self._train_windows: TrainWindows | None = None
@@ -339,7 +341,8 @@ class FeatureDataModule(ClipDataModule):
     def _encoder(self) -> FrameEncoder:
         if self._frame_encoder is None:
             require_same_body(load_body(self.body).id, read_header(self.encoder).body, where=self.encoder)
-            self._frame_encoder = FrameEncoder(load_encoder(self.encoder), self.mask_people, self.precision)
+            precision = chosen_precision(self.precision, self._device())
+            self._frame_encoder = FrameEncoder(load_encoder(self.encoder), self.mask_people, precision)
         return self._frame_encoder
 
     def _cache_of(self, store: ClipStore) -> FeatureCache:

@@ -21,6 +21,7 @@ from fasthmr.data.store import ClipStore
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.pipeline import Pipeline, load_pipeline
+from fasthmr.precision import chosen_precision
 from fasthmr.sequence import StreamingDecoder
 
 SETTINGS = ("1,0", "8,0", "1,4", "4,4", "8,8", "8,16", "16,16", "16,32")
@@ -74,7 +75,7 @@ def main() -> None:
         parser.error(f"{options.pipeline} has no decoder")
     store = ClipStore(options.data)
     store.require_body(pipeline.body.id)
-    encoder = FrameEncoder(pipeline.hmr)
+    encoder = FrameEncoder(pipeline.hmr, precision=chosen_precision("auto", "cpu"))
     rows = [(row, method, PoseErrors(PROTOCOLS["body-24"])) for row, method in methods(pipeline, options.settings)]
     for clip in store:
         seen = encoder(cut_chunks(clip, 0, len(clip))[0], "cpu")

@@ -28,7 +28,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
+from fasthmr.precision import PrecisionChoice
 from fasthmr.speed.decoder import print_decoder
 from fasthmr.speed.encoders import SIZES, print_encoders
 from fasthmr.speed.loading import print_loading
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     encoder.add_argument("--merged", type=int, default=4, help="layers less, for random weights")
     encoder.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="frames at a time")
     encoder.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    encoder.add_argument("--precision", choices=get_args(PrecisionChoice), default="auto", help="auto: the faster here")
     encoder.add_argument("--compile", action="store_true", help="by torch.compile; needs a C++ compiler or a GPU")
     load = commands.add_parser("load", help="seconds and memory of loading checkpoints")
     load.add_argument("--size", choices=list(SIZES), default="hmr2")
@@ -85,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_decoder(options.size, options.windows, options.training_windows, options.rounds)
         elif options.what == "encoder":
             print_encoders(
-                options.checkpoints, options.size, options.merged, options.batch, options.rounds, options.compile
-            )
+                options.checkpoints, options.size, options.merged, options.batch, options.rounds, options.precision,
+                options.compile,
+            )  # fmt: skip
         else:
             print_data_and_training(options.seconds)
     except (ValueError, OSError) as error:

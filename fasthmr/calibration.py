@@ -27,6 +27,7 @@ from fasthmr.merging import LayerMergePlan, MergedTokens, TokenMerging, merge_bl
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.hmr import HMR, middle_columns
 from fasthmr.models.vit import Block
+from fasthmr.precision import PrecisionChoice, autocast, chosen_precision, require_precision
 from fasthmr.ranks import from_all_ranks, from_first_rank, rank
 
 People = Literal["subject", "all"]
@@ -125,7 +126,7 @@ class PlanErrors:
         calibration: frames and labels.
         protocol: name of the evaluation protocol; one that regresses joints is not supported.
         cache_gb: memory for the layers' outputs; 0 keeps nothing.
-        precision: "bf16" or "32".
+        precision: "bf16", "32", or "auto", the faster one on the encoder's device.
         mask_people: whose tokens merging protects: the tracked person's ("subject"), or those of "all".
 
     Raises:
@@ -139,11 +140,10 @@ class PlanErrors:
         calibration: CalibrationSet,
         protocol: str = "body-24",
         cache_gb: float = 4.0,
-        precision: str = "bf16",
+        precision: PrecisionChoice = "auto",
         mask_people: People = "subject",
     ) -> None:
-        if precision not in ("bf16", "32"):
-            raise ValueError(f"precision must be 'bf16' or '32', got {precision!r}")
+        require_precision(precision)
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
         if mask_people not in get_args(People):
@@ -155,7 +155,7 @@ class PlanErrors:
         self.device = hmr.smpl_head.init_cam.device
         self.errors = PoseErrors(PROTOCOLS[protocol]).to(self.device)
         self.mask_people: People = mask_people
-        self.autocast = precision == "bf16"
+        self.precision = chosen_precision(precision, self.device)
         self.depth = len(hmr.backbone.blocks)
         token_bytes = 4 * hmr.config.vit_dim * hmr.backbone.num_tokens
         here = sum(clip.valid.numel() for clip in calibration.clips)
@@ -261,7 +261,7 @@ class PlanErrors:
         )
 
     def _amp(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+        return autocast(self.precision, self.device)
 
 
 class RememberedErrors:

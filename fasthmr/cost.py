@@ -20,6 +20,7 @@ from fasthmr.merging import LayerMergePlan, MergedTokens, merge_tokens
 from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.hmr import HMR, HMRConfig, HMROutput, middle_columns
 from fasthmr.models.human_fov import FOV_INPUT_PX, HumanFoV
+from fasthmr.precision import PrecisionChoice, chosen_precision
 
 #: what thop counts for an element that goes through a LayerNorm or a BatchNorm
 _THOP_NORM_MACS = 4
@@ -170,7 +171,11 @@ def interleaved_seconds(systems: Mapping[str, Callable[[], object]], rounds: int
 
 
 def frames_per_second(
-    encoders: Mapping[str, HMR], batch: int, rounds: int = 5, bf16: bool = True, compiled: bool = False
+    encoders: Mapping[str, HMR],
+    batch: int,
+    rounds: int = 5,
+    precision: PrecisionChoice = "auto",
+    compiled: bool = False,
 ) -> dict[str, float]:
     """Frames/s of encoders on the device that they are on, measured in turn, medians.
 
@@ -178,7 +183,8 @@ def frames_per_second(
         encoders: by name; all on one device. Masks, where they are needed, are of a person that fills a third.
         batch: frames at a time.
         rounds: measurements of each.
-        bf16: with weights and images in bfloat16 (a copy; read-outs stay in float32), as one would run them.
+        precision: bf16 with weights and images in it (a copy; read-outs stay in float32), as one would run them; 32; or
+            auto, the faster one on the device.
         compiled: by torch.compile, whose time is not counted.
 
     Raises:
@@ -188,23 +194,27 @@ def frames_per_second(
         raise ValueError(f"batch must be 1 or more, got {batch}")
     if compiled:
         torch.compiler.reset()  # so that no shape of an earlier measurement makes these dynamic
-    calls = {name: encoder_call(hmr, batch, bf16, compiled) for name, hmr in encoders.items()}
+    calls = {name: encoder_call(hmr, batch, precision, compiled) for name, hmr in encoders.items()}
     seconds = interleaved_seconds(calls, rounds)
     return {name: batch / value for name, value in seconds.items()}
 
 
-def encoder_call(hmr: HMR, batch: int, bf16: bool = True, compiled: bool = False) -> Callable[[], None]:
+def encoder_call(
+    hmr: HMR, batch: int, precision: PrecisionChoice = "auto", compiled: bool = False
+) -> Callable[[], None]:
     """A call of an encoder on the device that it is on, to be timed; arguments as of `frames_per_second`."""
     device = hmr.smpl_head.init_cam.device
     images, mask = _someone(batch, device)
     box = torch.tensor([[0.0, 0.0, 0.4]], device=device).expand(batch, -1)
-    if bf16:
+    if chosen_precision(precision, device) == "bf16":
         hmr, images = in_bf16(hmr), images.bfloat16()
     return timed(hmr, images, mask, box, device=device, compiled=compiled)
 
 
-def merging_share(hmr: HMR, batch: int, rounds: int = 5, compiled: bool = False) -> float:
-    """What share of the time of the first layer goes into choosing and merging its tokens (bf16).
+def merging_share(
+    hmr: HMR, batch: int, rounds: int = 5, precision: PrecisionChoice = "auto", compiled: bool = False
+) -> float:
+    """What share of the time of the first layer goes into choosing and merging its tokens.
 
     Raises:
         ValueError: the encoder merges no tokens, or `batch` or `rounds` is below 1.
@@ -214,11 +224,12 @@ def merging_share(hmr: HMR, batch: int, rounds: int = 5, compiled: bool = False)
         raise ValueError("this encoder merges no tokens")
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
-    hmr = in_bf16(hmr)
     device = hmr.smpl_head.init_cam.device
     images, mask = _someone(batch, device)
+    if chosen_precision(precision, device) == "bf16":
+        hmr, images = in_bf16(hmr), images.bfloat16()
     with torch.inference_mode():
-        tokens = hmr.backbone.embed(middle_columns(images).bfloat16())
+        tokens = hmr.backbone.embed(middle_columns(images))
         state = MergedTokens.start(tokens, hmr.person_tokens(mask))
     block, merged = hmr.backbone.layers[0], hmr.backbone.tokens_merged(len(hmr.backbone.blocks))[0]
     keys = tokens.unflatten(-1, (hmr.config.vit_heads, -1)).mean(2)

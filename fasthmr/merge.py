@@ -39,6 +39,7 @@ from fasthmr.merging import LayerMergePlan, SearchStep, TokenMerging, search_lay
 from fasthmr.merging.similarity import linear_cka
 from fasthmr.metrics import PROTOCOLS
 from fasthmr.models.hmr import HMR
+from fasthmr.precision import chosen_precision
 from fasthmr.ranks import chosen_device, join
 from fasthmr.report import cost_rows, draw_merge_report
 
@@ -66,7 +67,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--frames_per_clip", type=int, default=80, help="calibration frames, spread over each clip")
     parser.add_argument("--max_clips", type=int | None, default=None, help="calibration clips; all if not given")
     parser.add_argument("--cache_gb", type=float, default=4.0, help="memory for outputs of layers that do not change")
-    parser.add_argument("--precision", type=str, default="bf16", help="bf16 or 32")
+    parser.add_argument("--precision", type=str, default="auto", help="bf16, 32, or auto: the faster one here")
     parser.add_argument(
         "--mask_people", type=str, default="subject", help="whose tokens are protected: of the `subject`, or of `all`"
     )
@@ -103,6 +104,7 @@ def merge(options: Namespace) -> dict[str, Any]:
     out = Path(options.out) if options.out is not None else _default_out(options.checkpoint, path)
     _check(options, path, out)
     device = chosen_device(options.device)
+    options.precision = chosen_precision(options.precision, device)
     rank, world_size = join(device)
     header = read_header(path)
     body = load_body(options.body)
@@ -167,9 +169,10 @@ def merge(options: Namespace) -> dict[str, Any]:
         },
     }
     if rank == 0:
-        speed = frames_per_second({"before": hmr, "after": merged}, options.batch)
+        speed = frames_per_second({"before": hmr, "after": merged}, options.batch, precision=options.precision)
         threads = torch.get_num_threads()
-        report["frames_per_s"] = {"batch": options.batch, "device": device.type, "threads": threads, **speed}
+        where = {"device": device.type, "threads": threads, "precision": options.precision}
+        report["frames_per_s"] = {"batch": options.batch, **where, **speed}
         save_encoder(_beside(out, ".ckpt"), merged, body.id)
         write_text(_beside(out, ".json"), json.dumps(report, indent=1))
         draw_merge_report(report, _beside(out, ".png"))

@@ -28,6 +28,7 @@ from fasthmr.geometry.cameras import box_info, focal_of_fov, full_image_translat
 from fasthmr.models.diffusion_decoder import DiffusionDecoder
 from fasthmr.models.hmr import HMR
 from fasthmr.models.human_fov import HumanFoV
+from fasthmr.precision import PrecisionChoice, autocast, require_precision
 from fasthmr.sequence import Decoder, SequenceConfig, fill_linear, fill_rotations, refine
 from fasthmr.video.person import SquareBox, person_frames
 
@@ -37,7 +38,8 @@ class PipelineConfig:
     """How a pipeline runs.
 
     Args:
-        precision: of the encoder, "bf16" (autocast) or "32"; the decoder and the body compute in float32.
+        precision: of the encoder: "bf16", "32", or "auto", the faster one on the device; the decoder and the body
+            compute in float32.
         batch: frames that the encoder sees at a time.
         average_betas: average the shape over the frames of a sequence (FastHMR, Sec. 4.1).
         mask_people: whose tokens merging protects: the tracked person's ("subject"), or those of "all".
@@ -50,7 +52,7 @@ class PipelineConfig:
         ValueError: a value that cannot be; names it.
     """
 
-    precision: Literal["bf16", "32"] = "bf16"
+    precision: PrecisionChoice = "auto"
     batch: int = 32
     average_betas: bool = True
     mask_people: Literal["subject", "all"] = "subject"
@@ -59,9 +61,9 @@ class PipelineConfig:
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
 
     def __post_init__(self) -> None:
-        for name, choices in (("precision", ("bf16", "32")), ("mask_people", ("subject", "all"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        require_precision(self.precision)
+        if self.mask_people not in ("subject", "all"):
+            raise ValueError(f"mask_people must be one of subject, all, got {self.mask_people!r}")
         for name in ("batch", "least_person_px"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -297,7 +299,7 @@ class Pipeline:
         images = torch.from_numpy(np.stack([image for image, _ in crops])).to(self.device)
         labels = torch.from_numpy(np.stack([mask for _, mask in crops])).to(self.device)
         person = labels == MASK_SUBJECT if self.config.mask_people == "subject" else labels != MASK_BACKGROUND
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with autocast(self.config.precision, self.device):
             output = self.hmr(normalised(images), person_mask=person, box_info=where.to(self.device))
         parts = (output.feature, output.rotations.flatten(1), output.betas, output.camera)
         rows = torch.cat([part.float() for part in parts], dim=1).cpu()

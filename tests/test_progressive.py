@@ -301,7 +301,7 @@ class TestBadInput:
             ({"at_steps": [1], "policy": "schedule"}, "plan belongs to policy"),
             ({"at_steps": [1], "layers_per_event": 0}, "layers_per_event must be 1 or more"),
             ({"at_steps": [1], "target_layers": 0}, "target_layers must be 1 or more"),
-            ({"at_steps": [1], "precision": "16"}, "precision must be 'bf16' or '32', got '16'"),
+            ({"at_steps": [1], "precision": "16"}, "precision must be one of auto, bf16, 32, got '16'"),
             ({"at_steps": [1], "cache_gb": -1.0}, "cache_gb must be a number of 0 or more, got -1.0"),
             ({"at_steps": [1], "frames_per_clip": 0}, "frames_per_clip must be 1 or more, got 0"),
             ({"at_steps": [1], "max_clips": 0}, "max_clips must be 1 or more, got 0"),

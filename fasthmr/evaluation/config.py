@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datamodules.encoding import People, Precision
+from datamodules.encoding import People
 from fasthmr.metrics import PROTOCOLS
+from fasthmr.precision import PrecisionChoice, require_precision
 
 #: `boxes`, `intrinsics`: those that the clips were stored with
 TRUTH = "truth"
@@ -32,7 +33,7 @@ class EvaluationConfig:
             .npz file of those of all clips, such as HumanFoV's (docs/evaluate.md).
         trained_on: what the systems were trained on, in words, for the table: checkpoints do not say, and the errors on
             3DPW depend on whether its training split is among it.
-        precision: of the encoders, bf16 (autocast) or 32; all else is computed in float32.
+        precision: of the encoders: bf16, 32, or auto, the faster one on the device; all else is computed in float32.
         mask_people: whose tokens are protected: of the `subject`, or of `all`.
         steps: denoising steps of decoders.
         bootstrap: draws of sequences that confidence intervals are made from.
@@ -59,7 +60,7 @@ class EvaluationConfig:
     boxes: str = TRUTH
     intrinsics: str = TRUTH
     trained_on: str | None = None
-    precision: Precision = "bf16"
+    precision: PrecisionChoice = "auto"
     mask_people: People = "subject"
     steps: int = 1
     bootstrap: int = 2000
@@ -75,6 +76,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        require_precision(self.precision)
         for name, least in (
             ("frames_per_clip", 1), ("max_clips", 1), ("steps", 1), ("bootstrap", 1), ("batch", 1), ("rounds", 1),
             ("workers", 0),

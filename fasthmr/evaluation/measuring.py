@@ -24,6 +24,7 @@ from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.metrics import PROTOCOLS, PoseErrors, Protocol
 from fasthmr.metrics.classes import accelerations
 from fasthmr.metrics.functional import acceleration_error
+from fasthmr.precision import chosen_precision
 from fasthmr.ranks import from_all_ranks
 from fasthmr.side_by_side import PosedMotion
 
@@ -71,7 +72,9 @@ def measure(
     device, protocol = next(iter(systems.values())).pipeline.device, PROTOCOLS[config.protocol]
     meter = _Meter(protocol, regressor, device)
     encoders = {
-        system.encoder: FrameEncoder(system.pipeline.hmr, config.mask_people, config.precision)
+        system.encoder: FrameEncoder(
+            system.pipeline.hmr, config.mask_people, chosen_precision(config.precision, device)
+        )
         for system in systems.values()
     }
     drawn, filmed = clips.find("show", config.show), clips.find("video", config.video)

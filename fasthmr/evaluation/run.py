@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ from fasthmr.evaluation.writing import write_files
 from fasthmr.metrics import PROTOCOLS
 from fasthmr.metrics.regressor_file import find_regressor, read_regressor
 from fasthmr.pipeline import PipelineConfig
+from fasthmr.precision import chosen_precision
 from fasthmr.ranks import chosen_device, from_first_rank, join
 from fasthmr.sequence import SequenceConfig
 
@@ -54,6 +56,7 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise ValueError(f"results are written to a folder, and {out} is a file: choose another name")
     device = chosen_device(config.device)
+    config = dataclasses.replace(config, precision=chosen_precision(config.precision, device))
     bodies = load_bodies(config)
     body = bodies["neutral"]
     regressor, regressor_file = _regressor(config, body.num_vertices)

@@ -15,7 +15,7 @@ from fasthmr.models.diffusion_decoder import DiffusionDecoder
 def system_speeds(systems: Mapping[str, System], config: EvaluationConfig) -> dict[str, dict[str, float]]:
     """Seconds a frame of every system's encoder and decoder, all measured in turn, and frames/s of both together.
 
-    An encoder is timed on batches of random pictures, in bfloat16 if that is the precision; a decoder on features of as
+    An encoder is timed on batches of random pictures, in the configured precision; a decoder on features of as
     many frames as fill one batch of windows, blending and inverse kinematics included.
     """
     calls: dict[str, Callable[[], None]] = {}
@@ -23,7 +23,7 @@ def system_speeds(systems: Mapping[str, System], config: EvaluationConfig) -> di
     for name, system in systems.items():
         pipeline, decoder = system.pipeline, system.pipeline.decoder
         if system.encoder not in calls:
-            calls[system.encoder] = encoder_call(pipeline.hmr, config.batch, bf16=config.precision == "bf16")
+            calls[system.encoder] = encoder_call(pipeline.hmr, config.batch, config.precision)
         if isinstance(decoder, DiffusionDecoder):
             settings = pipeline.config.sequence
             stride = decoder.window - settings.overlap_frames(decoder.window)

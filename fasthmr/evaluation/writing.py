@@ -22,6 +22,7 @@ from fasthmr.evaluation.config import DIAGONAL, TRUTH
 from fasthmr.evaluation.measuring import Measured
 from fasthmr.files import write_text
 from fasthmr.metrics import PROTOCOLS
+from fasthmr.precision import IN_WORDS
 from fasthmr.report import readable, save_figure
 from fasthmr.side_by_side import write_side_by_side
 
@@ -43,7 +44,7 @@ def describe(results: Mapping[str, Any]) -> str:
         f"Boxes: {_boxes(results['boxes'])}. Flip test: none.",
         f"Focal lengths, which CameraHMR is told: {_lenses(results['intrinsics'])}.",
         f"Training sets: {config['trained_on'] or _UNKNOWN_SETS}.",
-        f"Encoders in {config['precision']} on {machine['device']} ({machine['name']}), decoders in "
+        f"Encoders in {IN_WORDS[config['precision']]} on {machine['device']} ({machine['name']}), decoders in "
         f"{_counted(config['steps'], 'step')} of float32; {_counted(results['processes'], 'process', 'processes')}.",
     ]
     if results["regressor"] is not None:

@@ -19,6 +19,7 @@ from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from fasthmr.models.hmr import HMR
 from fasthmr.models.motion_prior import MotionPrior
+from fasthmr.precision import IN_WORDS, autocast, chosen_precision
 from fasthmr.speed.encoders import SIZES, three_versions
 from fasthmr.speed.memory import peak_memory
 
@@ -46,9 +47,9 @@ def encoder_of(size: str) -> HMR:
 def print_decoder(size: str, windows: list[int], training_windows: int, rounds: int) -> None:
     """Print what a decoder takes beside its encoder, and how fast it and its prior train.
 
-    All of sampling is measured in turn, in float32 as the pipeline does it; the encoder in bfloat16. Training is
-    measured with bfloat16 autocast and AdamW, each in a process of its own; memory is that process' at most, on a GPU
-    what torch has taken of it.
+    All of sampling is measured in turn, in float32 as the pipeline does it; the encoder in the faster precision of the
+    device, as training, which is measured with AdamW, each in a process of its own; memory is that process' at most,
+    on a GPU what torch has taken of it.
 
     Args:
         size: `paper` or `tiny`.
@@ -75,7 +76,8 @@ def print_decoder(size: str, windows: list[int], training_windows: int, rounds: 
     table = Table(title=f"one denoising step, windows of {frames} frames; {where}, in turn")
     for name in ("what", "at a time", "frames/s", "share of encoder and decoder"):
         table.add_column(name, justify="left" if name == "what" else "right")
-    table.add_row("encoder, bf16", f"{_ENCODER_BATCH} frames", f"{1 / per_frame['encoder']:.1f}", "")
+    precision = IN_WORDS[chosen_precision("auto", device)]
+    table.add_row(f"encoder, {precision}", f"{_ENCODER_BATCH} frames", f"{1 / per_frame['encoder']:.1f}", "")
     for count in windows:
         parts = {name: per_frame[f"{name}, {count}"] for name in ("diffusion", "inverse kinematics")}
         for name, value in (*parts.items(), ("both", sum(parts.values()))):
@@ -126,7 +128,7 @@ def training_call(kind: str, decoder: DiffusionDecoder, windows: int, device: to
         return error.square().mean() + _KL_WEIGHT * latent.kl()
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast("auto", device):
             value = loss()
         value.backward()
         optimizer.step()

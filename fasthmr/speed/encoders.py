@@ -12,13 +12,20 @@ from fasthmr.checkpoint import load_encoder
 from fasthmr.cost import encoder_cost, frames_per_second, merging_share
 from fasthmr.merging import LayerMergePlan, TokenMerging
 from fasthmr.models.hmr import HMR, HMRConfig
+from fasthmr.precision import IN_WORDS, PrecisionChoice, chosen_precision
 from fasthmr.report import readable, short_names
 
 SIZES = {"hmr2": HMRConfig.hmr2(), "tiny": HMRConfig.tiny()}
 
 
 def print_encoders(
-    checkpoints: list[str], size: str, merged: int, batches: list[int], rounds: int, compiled: bool = False
+    checkpoints: list[str],
+    size: str,
+    merged: int,
+    batches: list[int],
+    rounds: int,
+    choice: PrecisionChoice = "auto",
+    compiled: bool = False,
 ) -> None:
     """Print cost and speed of encoders: those of checkpoints, or one of a size with random weights in three versions.
 
@@ -36,14 +43,15 @@ def print_encoders(
         encoders = {name: load_encoder(path).to(device) for name, path in named}
     else:
         encoders = {name: hmr.to(device) for name, hmr in three_versions(SIZES[size], merged).items()}
-    how = f"bf16, {'compiled' if compiled else 'eager'}, {device}, {torch.get_num_threads()} threads"
+    precision = chosen_precision(choice, device)
+    how = f"{IN_WORDS[precision]}, {'compiled' if compiled else 'eager'}, {device}, {torch.get_num_threads()} threads"
     table = Table(title=f"{how}, medians of {rounds} measured in turn")
     names = ["encoder", "layers", "tokens", "params M", "MACs G (thop)", "MACs G (all)"]
     for batch in batches:
         names += [f"frames/s, batch {batch}", f"TFLOP/s, batch {batch}"]
     for name in names:
         table.add_column(name, justify="left" if name == "encoder" else "right")
-    speeds = [frames_per_second(encoders, batch, rounds, compiled=compiled) for batch in batches]
+    speeds = [frames_per_second(encoders, batch, rounds, precision, compiled) for batch in batches]
     first = next(iter(encoders))
     for name, hmr in encoders.items():
         cost = encoder_cost(hmr.config, hmr.merge_plan)
@@ -55,7 +63,9 @@ def print_encoders(
     Console(width=100 + 40 * len(batches)).print(table)
     for name, hmr in encoders.items():
         if hmr.config.token_merging is not None:
-            shares = (f"{merging_share(hmr, batch, rounds, compiled):.1%} at batch {batch}" for batch in batches)
+            shares = (
+                f"{merging_share(hmr, batch, rounds, precision, compiled):.1%} at batch {batch}" for batch in batches
+            )
             print(f"{name}: of the first layer's time, choosing and merging tokens takes {', '.join(shares)}")
 
 

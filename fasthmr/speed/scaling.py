@@ -40,6 +40,7 @@ from fasthmr.data.shards import write_shards
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import build_optimizer
+from fasthmr.precision import has_bf16
 from fasthmr.speed.needs import Assumptions, Needs, needs, ring_bytes
 
 #: measurements of each kind, whose median counts
@@ -163,10 +164,15 @@ def job_of(config: str | Path, data: str | Path, seconds: float, processes: Sequ
     return Job(
         model={**model, "init_args": {**model["init_args"], "init_from": None}},
         data={**loader, "init_args": {**loader["init_args"], **clips}},
-        bf16="bf16" in str(content.get("trainer", {}).get("precision", "")),
+        bf16=_in_bf16(content.get("trainer", {}).get("precision")),
         threads=max(1, (os.cpu_count() or 1) // max(processes)),
         seconds=seconds,
     )
+
+
+def _in_bf16(precision: str | None) -> bool:
+    """Whether a trainer's `precision` is bf16; None: fit's default, which depends on the device."""
+    return has_bf16("cuda" if torch.cuda.is_available() else "cpu") if precision is None else "bf16" in str(precision)
 
 
 def make_clips(config: str | Path, folder: str | Path) -> None:

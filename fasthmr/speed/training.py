@@ -19,6 +19,7 @@ from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.lit.encoder import MergedEncoderModule
 from fasthmr.lit.optim import OptimizerConfig, build_optimizer
 from fasthmr.models.hmr import HMRConfig
+from fasthmr.precision import IN_WORDS, autocast, chosen_precision
 
 
 def per_second(work: Callable[[], int], seconds: float) -> float:
@@ -57,7 +58,7 @@ def step_and_wait(folder: str, seconds: float, device: str) -> tuple[float, floa
     optimizer, _ = build_optimizer(module.net, OptimizerConfig(), total_steps=1_000_000)
 
     def step(batch: ClipBatch) -> int:
-        with torch.autocast(device, torch.bfloat16):
+        with autocast("auto", device):
             loss = module.loss(batch)["total"]
         loss.backward()
         optimizer.step()
@@ -92,7 +93,8 @@ def print_data_and_training(seconds: float) -> None:
         table.add_row("read, decode and augment", f"{reading:.0f}", "1 core")
         torch.set_num_threads(threads)
         step, waiting = step_and_wait(folder, seconds, device)
-        table.add_row("training step, tiny encoder, bf16", f"{step:.0f}", f"{device}, {threads} threads")
+        precision = IN_WORDS[chosen_precision("auto", device)]
+        table.add_row(f"training step, tiny encoder, {precision}", f"{step:.0f}", f"{device}, {threads} threads")
         table.add_row("share of time that training waits for data", f"{waiting:.1%}", "1 loader process")
         table.add_row("loader / step", f"{reading / step:.1f} x", "")
     Console().print(table)
