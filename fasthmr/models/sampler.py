@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 Objective = Literal["both", "v", "noise"]
@@ -61,6 +60,9 @@ class LatentDiffusion:
     """
 
     def __init__(self, config: DiffusionConfig | None = None) -> None:
+        # Here, as importing it takes a second or two, which commands without a decoder need not wait for.
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
         self.config = config if config is not None else DiffusionConfig()
         self.scheduler = DDIMScheduler(
             num_train_timesteps=self.config.steps,
