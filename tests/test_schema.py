@@ -77,6 +77,18 @@ def test_labels_can_be_read_with_numpy_and_json_alone(clip: Clip, members: dict[
     assert json.loads(members["meta.json"])["status"] == clip.status
 
 
+def test_labels_may_have_been_written_by_numpy_in_either_order_and_can_be_written_to(
+    clip: Clip, members: dict[str, Any]
+) -> None:
+    with np.load(io.BytesIO(members["labels.npz"])) as file:
+        turned = {name: np.asfortranarray(file[name]) for name in file.files}
+    content = io.BytesIO()
+    np.savez(content, **turned)
+    read = decode_sample({**members, "labels.npz": content.getvalue()})
+    assert_same(read, clip)
+    read.pose[0] = 0
+
+
 def test_colours_come_back_as_rgb() -> None:
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 250
