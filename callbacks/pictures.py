@@ -9,11 +9,12 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
-from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX
+from fasthmr.conventions import CROP_PX
 from fasthmr.data.batch import ClipBatch
 from fasthmr.files import write_png
-from fasthmr.geometry.cameras import crop_camera_translation
+from fasthmr.geometry.cameras import CropCamera, crop_camera
 from fasthmr.models.hmr import HMROutput
 from fasthmr.render.overlay import overlay_mesh, side_view
 
@@ -49,8 +50,9 @@ class Pictures(L.Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
+        full_image = pl_module.net.config.architecture == "camerahmr"  # type: ignore[union-attr]
         for clip in range(min(len(batch.keys), self.samples - len(self._strips))):
-            self._strips.append(draw_strip(pl_module.body, batch, HMROutput(**outputs), clip))
+            self._strips.append(draw_strip(pl_module.body, batch, HMROutput(**outputs), clip, full_image))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._strips:  # on all ranks but the first
@@ -64,36 +66,33 @@ class Pictures(L.Callback):
                     logger.experiment.add_image(f"samples/{number}", strip, trainer.global_step, dataformats="HWC")
 
 
-def draw_strip(body: Any, batch: ClipBatch, output: HMROutput, clip: int) -> np.ndarray:
+def draw_strip(body: Any, batch: ClipBatch, output: HMROutput, clip: int, full_image: bool = False) -> np.ndarray:
     """Input | prediction | ground truth | side views of both, for the middle frame of one clip: (256, 5*256, 3) RGB.
 
-    The prediction is drawn with its own weak-perspective crop camera, the truth with the full image's camera.
+    The truth is drawn with the full image's camera; so is the prediction if it counts on that (`full_image`, as of
+    `crop_camera`), else with the crop's own.
     """
     frames = batch.valid.shape[1]
     frame = frames // 2
     row = clip * frames + frame
     image = batch.images[clip, frame].permute(1, 2, 0).cpu().numpy()
     faces = body.faces.cpu().numpy()
-    centre = (CROP_PX / 2, CROP_PX / 2)
+    box = (batch.box_center[clip, frame], batch.box_size[clip, frame], batch.intrinsics[clip])
+
+    def over_image(vertices: Tensor, camera: CropCamera, color: tuple[float, float, float]) -> np.ndarray:
+        (x, y), focal = camera.center.tolist(), float(camera.focal_px)
+        return overlay_mesh(image, (vertices + camera.translation).cpu().numpy(), faces, focal, (x, y), color)
 
     with torch.no_grad():
         predicted = body(output.rotations[row : row + 1].float(), output.betas[row : row + 1].float())
-        shift = crop_camera_translation(output.camera[row : row + 1].float(), CROP_FOCAL_PX, CROP_PX)
         truth = body(batch.rotations[clip, frame : frame + 1], batch.betas[clip : clip + 1])
+        camera = crop_camera(output.camera[row].float(), *box, full_image)
     vertices = predicted.vertices[0]
-    panels = [
-        image,
-        overlay_mesh(image, (vertices + shift[0]).cpu().numpy(), faces, CROP_FOCAL_PX, centre, PREDICTION_COLOR),
-    ]
-
+    panels = [image, over_image(vertices, camera, PREDICTION_COLOR)]
     if bool(batch.has_pose[clip]):
-        scale = CROP_PX / float(batch.box_size[clip, frame])
-        intrinsics = batch.intrinsics[clip].cpu().numpy()
-        offset = intrinsics[:2, 2] - batch.box_center[clip, frame].cpu().numpy()
-        in_camera = (truth.vertices[0] + batch.translation[clip, frame]).cpu().numpy()
-        focal_px = scale * float(intrinsics[0, 0])
-        true_centre = (centre[0] + scale * float(offset[0]), centre[1] + scale * float(offset[1]))
-        panels.append(overlay_mesh(image, in_camera, faces, focal_px, true_centre, TRUTH_COLOR))
+        images_camera = crop_camera(output.camera[row].float(), *box, True)
+        true_camera = images_camera._replace(translation=batch.translation[clip, frame])
+        panels.append(over_image(truth.vertices[0], true_camera, TRUTH_COLOR))
     else:
         panels.append(np.full_like(image, 255))
     panels.append(side_view(vertices.cpu().numpy(), faces, CROP_PX, PREDICTION_COLOR))

@@ -40,6 +40,7 @@ from fasthmr.data.convert.source import (
     Report,
     check,
     plan,
+    unusable_pictures,
     written_report,
 )
 from fasthmr.data.convert.track import OFF, Crops
@@ -141,10 +142,10 @@ def convert_set(options: Namespace) -> int:
         print(line)
     _require_most(clips, options.max_missing, options.max_unusable)
     bodies = _bodies(options, foreign, clips)
-    source = ConvertedSource(foreign, clips, bodies, Crops(options.crop_px))
+    out, most = Path(options.out), options.max_unusable
+    source = ConvertedSource(foreign, clips, bodies, Crops(options.crop_px), most, unusable_pictures(out))
     if options.dry_run:
         return _dry_run(options, source, bodies, clips.report.frames)
-    out = Path(options.out)
     manifest = write_part(source, out, part, parts, options.clips_per_shard, options.workers)
     if manifest is None:
         print(f"part {part} of {parts} is finished; the set is ready when all parts are")
@@ -155,7 +156,7 @@ def convert_set(options: Namespace) -> int:
         print(line)
     if not manifest.clips:
         raise ConvertError(f"no clip could be made: {out / REPORT} says why")
-    report.require_usable(options.max_unusable)
+    report.require_usable(most)
     store = ClipStore(out)
     chosen = np.unique(np.linspace(0, len(store) - 1, _SHEET_CLIPS).astype(int))
     _write_sheet(Path(options.sheet or out / "sheet.png"), [store[int(i)] for i in chosen], bodies)

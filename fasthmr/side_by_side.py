@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fasthmr.body import BodyModel, require_same_body
-from fasthmr.conventions import CROP_FOCAL_PX, CROP_PX, NUM_BETAS, NUM_JOINTS, PELVIS
+from fasthmr.conventions import CROP_PX, NUM_BETAS, NUM_JOINTS, PELVIS
+from fasthmr.data.batch import ClipSample
 from fasthmr.data.schema import Clip
 from fasthmr.data.transforms import Augmentation, make_sample
-from fasthmr.geometry.cameras import crop_camera_translation
+from fasthmr.geometry.cameras import crop_camera
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.render.overlay import overlay_mesh, side_view
 from fasthmr.video.writing import written_video
@@ -42,6 +43,8 @@ class PosedMotion:
         betas: (T, 10).
         camera: (T, 3) of the network's crop, as of `HMROutput`.
         valid: (T,) bool, frames in which there is something to draw.
+        full_image: whether `camera` counts on the full image's lens, as CameraHMR's does, or on one of the crop's own,
+            as HMR2.0's.
 
     Raises:
         ValueError: a shape is wrong.
@@ -51,13 +54,14 @@ class PosedMotion:
     betas: Tensor
     camera: Tensor
     valid: Tensor
+    full_image: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         frames = len(self.rotations)
-        shapes = ((frames, NUM_JOINTS, 3, 3), (frames, NUM_BETAS), (frames, 3), (frames,))
-        for field, shape in zip(fields(self), shapes, strict=True):
-            if (got := tuple(getattr(self, field.name).shape)) != shape:
-                raise ValueError(f"{field.name} must have shape {shape}, got {got}")
+        shapes = {"rotations": (NUM_JOINTS, 3, 3), "betas": (NUM_BETAS,), "camera": (3,), "valid": ()}
+        for name, shape in shapes.items():
+            if (got := tuple(getattr(self, name).shape)) != (frames, *shape):
+                raise ValueError(f"{name} must have shape {(frames, *shape)}, got {got}")
 
     def __len__(self) -> int:
         return len(self.rotations)
@@ -138,9 +142,9 @@ def _frames(
     subtitles = _titles(["" if truth is None else "ground truth, from the side", *["from the side"] * len(columns)])
     for first in range(0, len(clip), _MESHES):
         index = np.arange(first, min(first + _MESHES, len(clip)))
-        images = make_sample(clip, index, np.random.default_rng(0), Augmentation.off()).images.transpose(0, 2, 3, 1)
-        meshes = [_meshes(motion, index, its_body) for motion, its_body in systems]
-        for place, image in enumerate(images):
+        sample = make_sample(clip, index, np.random.default_rng(0), Augmentation.off())
+        meshes = [_meshes(motion, sample, its_body) for motion, its_body in systems]
+        for place, image in enumerate(sample.images.transpose(0, 2, 3, 1)):
             over, beside = [image], []
             if truth is None:
                 beside.append(np.full_like(image, 255))
@@ -160,23 +164,28 @@ class _Meshes:
     vertices: np.ndarray  # (N, V, 3)
     pelvis: np.ndarray  # (N, 3)
     shift: np.ndarray  # (N, 3)
+    focal: np.ndarray  # (N,) of the camera, px of the crop
+    center: np.ndarray  # (N, 2) its principal point, px of the crop
     faces: np.ndarray  # (F, 3)
     valid: np.ndarray  # (N,)
 
 
 @torch.no_grad()
-def _meshes(motion: PosedMotion, index: np.ndarray, body: BodyModel) -> _Meshes:
+def _meshes(motion: PosedMotion, sample: ClipSample, body: BodyModel) -> _Meshes:
+    index = sample.frame_index
     rotations, betas = (t[index].float().to(body.faces.device) for t in (motion.rotations, motion.betas))
     posed = body(rotations, betas)
-    arrays = (posed.vertices, posed.joints[:, PELVIS], crop_camera_translation(motion.camera[index].float()))
-    return _Meshes(*(t.cpu().numpy() for t in (*arrays, body.faces, motion.valid[index])))
+    center, size, intrinsics = map(torch.tensor, (sample.box_center, sample.box_size, sample.intrinsics))
+    lens = crop_camera(motion.camera[index].float(), center, size, intrinsics, motion.full_image)
+    parts = (posed.vertices, posed.joints[:, PELVIS], *lens, body.faces, motion.valid[index])
+    return _Meshes(*(part.cpu().numpy() for part in parts))
 
 
 def _overlay_panel(image: np.ndarray, meshes: _Meshes, place: int, color: tuple[float, float, float]) -> np.ndarray:
     if not meshes.valid[place]:
         return image
-    vertices = meshes.vertices[place] + meshes.shift[place]
-    return overlay_mesh(image, vertices, meshes.faces, CROP_FOCAL_PX, (CROP_PX / 2, CROP_PX / 2), color)
+    vertices, (x, y) = meshes.vertices[place] + meshes.shift[place], meshes.center[place].tolist()
+    return overlay_mesh(image, vertices, meshes.faces, float(meshes.focal[place]), (x, y), color)
 
 
 def _side_panel(meshes: _Meshes, place: int, extent_m: float, color: tuple[float, float, float]) -> np.ndarray:

@@ -22,6 +22,8 @@ from scipy.spatial.transform import Rotation
 
 from fasthmr.body import BodyModel
 from fasthmr.body.files import FREE_BODY
+from fasthmr.conventions import JOINT_INDEX
+from fasthmr.data.convert.keypoints import FROM_24
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.render.raster import rasterize
 
@@ -269,7 +271,7 @@ def write_bedlam(
 
 def write_camerahmr(root: Path, made: Take, **changes: object) -> None:
     """Pictures that have nothing to do with one another, in names and order of COCO's kind."""
-    names = [f"a/{9 - i}.jpg" for i in range(len(made))]
+    names = [f"a/{len(made) - i}.jpg" for i in range(len(made))]
     labels = bedlam_labels(made, names, trans_cam=made.trans_in_camera, **changes)
     (root / "labels").mkdir(parents=True)
     np.savez(root / "labels/coco-release.npz", **{k: v for k, v in labels.items() if k not in ("cam_ext", "sub")})
@@ -460,25 +462,21 @@ def write_3dhp_raw(root: Path, made: Take) -> None:
 
 
 def write_3dhp_spin(root: Path, made: Take) -> None:
-    """Two rows, of which the second has no SMPL."""
-    from fasthmr.data.convert.keypoints import FROM_24
-
-    places = np.zeros((2, 24, 4))
+    """Rows of which the second has no SMPL."""
+    places = np.zeros((len(made), 24, 4))
     for ours, (theirs,) in FROM_24.items():
-        from fasthmr.conventions import JOINT_INDEX
-
-        places[:, theirs] = np.append(made.joints[0, JOINT_INDEX[ours]], 1)
-    center = (made.boxes[:2, :2] + made.boxes[:2, 2:]) / 2
+        places[:, theirs, :3], places[:, theirs, 3] = made.joints[:, JOINT_INDEX[ours]], 1
+    names = [f"S1/Seq1/frame_{i + 1:06d}.jpg" for i in range(len(made))]
     (root / "annotations").mkdir(parents=True)
     np.savez(
         root / "annotations/mpi_inf_3dhp_train.npz",
-        imgname=np.array(["S1/Seq1/frame_000001.jpg", "S1/Seq1/frame_000002.jpg"]),
-        center=center,
-        scale=1.2 * (made.boxes[:2, 2:] - made.boxes[:2, :2]).max(1) / 200,
+        imgname=np.array(names),
+        center=(made.boxes[:, :2] + made.boxes[:, 2:]) / 2,
+        scale=1.2 * (made.boxes[:, 2:] - made.boxes[:, :2]).max(1) / 200,
         S=places,
-        pose=made.pose_in_camera[:2].reshape(2, 72),
-        shape=np.tile(made.betas, (2, 1)),
-        has_smpl=np.array([1, 0]),
+        pose=made.pose_in_camera.reshape(len(made), 72),
+        shape=np.tile(made.betas, (len(made), 1)),
+        has_smpl=np.arange(len(made)) != 1,
     )
-    for i in range(2):
-        write_picture(root / f"images/S1/Seq1/frame_{i + 1:06d}.jpg", made.images[i])
+    for name, image in zip(names, made.images, strict=True):
+        write_picture(root / "images" / name, image)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -114,6 +115,30 @@ def test_damaged_pictures_cost_their_frames_and_are_named_up_to_a_limit(
     assert (reason, times) == ("a picture or mask that cannot be used", 2)
     assert "frame 0: " in report.named[reason][0] and "0015.png cannot be decoded" in report.named[reason][1]
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_too_many_damaged_pictures_stop_the_conversion_where_they_are(
+    workers: str, three_scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six pictures in three shards, of the first two of which one is damaged each."""
+    root, out, options = tmp_path / "root", tmp_path / "out", ("--workers", workers, "--max_unusable")
+    shutil.copytree(three_scenes, root)
+    for picture in sorted(root.glob("images/*/png/*/*_0005.png"))[:2]:
+        picture.write_bytes(b"no picture")
+    assert run("bedlam", root, out, *options, "0.2") == 2
+    error = capsys.readouterr().err
+    assert "2 of 6 pictures or masks cannot be used (" in error and "_0005.png" in error
+    finished = contents(out)
+    assert not {"shard-000000.tar", "shard-000001.tar"} <= finished.keys()  # two processes begin with these
+    assert workers == "2" or list(finished) == ["shard-000000.tar", "shard-000000.tar.idx"]
+    assert not (out / "manifest.json").exists() and not list(out.glob(".shard*"))
+
+    assert run("bedlam", root, out, *options, "0.2") == 2  # that in the finished shard still counts
+    assert run("bedlam", root, out, *options, "0.4") == 0
+    assert Report.read(out).dropped == {"a picture or mask that cannot be used": 2}
+    assert run("bedlam", root, tmp_path / "at_once", "--max_unusable", "0.4") == 0
+    assert finished.items() <= contents(out).items() and contents(out) == contents(tmp_path / "at_once")
 
 
 @pytest.mark.parametrize("name", ["bedlam", "4dhumans"])

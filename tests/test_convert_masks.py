@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +19,7 @@ from tiny_clips import IMAGE_SIZE, drawn_clip
 import fasthmr.data.masks
 from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
 from fasthmr.data.convert.reading import ConvertError
-from fasthmr.data.masks import MaskedSource, RfDetr, Segmenter, Yolo, clips_id, tell_apart
+from fasthmr.data.masks import MaskedSource, MaskFolder, RfDetr, Segmenter, Yolo, clips_id, tell_apart
 from fasthmr.data.schema import Clip, PackedImages
 from fasthmr.data.shards import ClipStore, verify_shards, write_shards
 from fasthmr.geometry.boxes import invert_affine
@@ -173,6 +174,35 @@ def test_a_network_that_makes_no_masks_of_people_is_refused(network: FakeYolo) -
 def test_an_rf_detr_that_does_not_know_people_is_refused() -> None:
     with pytest.raises(ConvertError, match=r"w\.pt knows the classes dog, cat: it takes .* classes is 'person'"):
         RfDetr("w.pt", lambda _: FakeRfDetr(names=("dog", "cat")))
+
+
+def test_an_rf_detr_that_only_finds_boxes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = SimpleNamespace(model_config=SimpleNamespace(segmentation_head=False))
+    package = SimpleNamespace(RFDETR=SimpleNamespace(from_checkpoint=lambda _: network), RFDETRSegMedium=None)
+    monkeypatch.setitem(sys.modules, "rfdetr", package)
+    with pytest.raises(ConvertError, match=r"boxes\.pt finds boxes only: it takes a network with masks"):
+        RfDetr("boxes.pt")
+
+
+@pytest.mark.parametrize(("segmenter", "load"), [(Yolo, fake_yolo), (RfDetr, fake_rfdetr)])
+def test_other_weights_of_the_same_name_are_told_apart(segmenter: Any, load: Any, tmp_path: Path) -> None:
+    """Or a set that goes on with them would be of both."""
+    weights = tmp_path / "n.pt"
+    weights.write_bytes(b"one")
+    one = segmenter(str(weights), load).describe()
+    assert one["weights"] == "n.pt" and one == segmenter(str(weights), load).describe()
+    weights.write_bytes(b"two")
+    assert segmenter(str(weights), load).describe() != one
+    assert segmenter("elsewhere.pt", load).describe()["sha256"] is None
+
+
+def test_other_masks_in_a_folder_are_told_apart(tmp_path: Path) -> None:
+    mask = tmp_path / "clip/00000.png"
+    mask.parent.mkdir()
+    mask.write_bytes(b"one")
+    before = MaskFolder(tmp_path).describe()
+    mask.write_bytes(b"longer")
+    assert MaskFolder(tmp_path).describe() != before and before["files"] == 1
 
 
 @pytest.mark.parametrize("by", ["yolo", "rfdetr"])

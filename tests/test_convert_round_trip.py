@@ -321,7 +321,7 @@ def test_cameras_that_share_a_folder_are_films_of_their_own(tmp_path: Path, free
 def test_people_of_one_picture_and_pictures_of_one_name_are_clips_of_their_own(
     tmp_path: Path, free_body: BodyModel
 ) -> None:
-    foreign.write_3dhp_spin(tmp_path, foreign.take(free_body, seed=13))
+    foreign.write_3dhp_spin(tmp_path, foreign.take(free_body, frames=2, seed=13))
     first = tmp_path / "annotations/mpi_inf_3dhp_train.npz"
     with np.load(first) as file:
         labels = dict(file)
@@ -335,10 +335,10 @@ def test_people_of_one_picture_and_pictures_of_one_name_are_clips_of_their_own(
 
 
 def test_mpi_inf_3dhp_of_spin(tmp_path: Path, free_body: BodyModel) -> None:
-    made = foreign.take(free_body, seed=13)
+    made = foreign.take(free_body, frames=2, seed=13)
     foreign.write_3dhp_spin(tmp_path, made)
     fitted, bare = convert("mpi_inf_3dhp", tmp_path, tmp_path / "out", "--split", "spin")
     assert np.abs(fitted.pose - made.pose_in_camera[:1]).max() < 1e-5
     assert fitted.status["translation"] == "missing" and bare.body is None
     knee = JOINT_INDEX["left_knee"]
-    assert np.abs(bare.joints3d[0, knee, :3] - made.joints[0, knee]).max() < CLOSE_M
+    assert np.abs(bare.joints3d[0, knee, :3] - made.joints[1, knee]).max() < CLOSE_M

@@ -158,6 +158,27 @@ def test_pictures_show_input_meshes_and_sides(batch, free_body):
     assert (panels[3] == 255).all(-1).mean() > 0.3  # white around the side view
 
 
+def test_a_prediction_that_counts_on_the_images_lens_is_drawn_by_it(batch, free_body):
+    """One who says the truth, as CameraHMR says it, is drawn where the truth is."""
+    clip, frame = 1, 1
+    row = clip * batch.valid.shape[1] + frame
+    center, size, intrinsics = batch.box_center[clip, frame], batch.box_size[clip, frame], batch.intrinsics[clip]
+    x, y, z = batch.translation[clip, frame]
+    focal, half = intrinsics[0, 0], size / 2
+    aside = z * (center - intrinsics[:2, 2]) / focal  # the middle of the crop, at that depth
+    camera = torch.stack((focal / (half * z), x - aside[0], y - aside[1]))
+    with torch.no_grad():
+        output: HMROutput = MergedEncoderModule(TINY, ema_decay=None)(batch)
+    for field, value in (("rotations", batch.rotations[clip, frame]), ("betas", batch.betas[clip]), ("camera", camera)):
+        getattr(output, field)[row] = value
+    _, predicted, true, *_ = np.split(draw_strip(free_body, batch, output, clip, full_image=True), 5, axis=1)
+    image = batch.images[clip, frame].permute(1, 2, 0).numpy()
+    drawn, there = ((panel != image).any(-1) for panel in (predicted, true))
+    assert there.sum() > 1000 and (drawn != there).sum() < 0.01 * there.sum()
+    _, by_the_crops_own, *_ = np.split(draw_strip(free_body, batch, output, clip), 5, axis=1)
+    assert ((by_the_crops_own != image).any(-1) != there).sum() > 0.03 * there.sum()
+
+
 class TestStartAndTeacher:
     @pytest.fixture
     def saved(self, tmp_path):

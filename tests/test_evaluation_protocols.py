@@ -23,6 +23,8 @@ from fasthmr.body import load_body
 from fasthmr.body.files import FREE_BODY
 from fasthmr.checkpoint import human_fov_header
 from fasthmr.data.batch import ClipBatch
+from fasthmr.data.crops import normalised
+from fasthmr.data.letterbox import letterboxed
 from fasthmr.data.shards import ClipStore
 from fasthmr.evaluate import main
 from fasthmr.metrics.protocols import H36M_TO_14
@@ -315,28 +317,51 @@ def test_focal_lengths_that_cannot_be(lab, tmp_path, capsys, lengths, message):
     assert not (tmp_path / "out").exists()
 
 
+THREEDPW = 'SETS["threedpw"](Path("raw/3DPW"), "test")'
+
+
+def run_the_lines_of_the_docs(monkeypatch: pytest.MonkeyPatch, raw: str = THREEDPW) -> list[torch.Tensor]:
+    """docs/evaluate.md's lines that ask HumanFoV, of another set too; returns what it was shown."""
+    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", EVALUATE_MD, flags=re.S) if "load_human" in block)
+    assert THREEDPW in lines
+    torch.manual_seed(0)
+    fov = HumanFoV(width=4).eval()  # its random weights make little of a field of view of 1 radian
+    with torch.no_grad():
+        fov.fc3.weight.mul_(0.01)
+        fov.fc3.bias.fill_(1.0)
+    write_safetensors(Path("human_fov.safetensors"), human_fov_header(fov), fov.state_dict())
+    seen = []
+    monkeypatch.setattr(HumanFoV, "forward", lambda self, x, real=HumanFoV.forward: seen.append(x) or real(self, x))
+    exec(lines.replace(THREEDPW, raw), {})
+    return seen
+
+
 def test_humanfov_gives_such_a_file(lab, tmp_path, oracle, monkeypatch):
     """docs/evaluate.md's own lines, on phone pictures: the file says to turn them, which a converter does not do."""
-    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", EVALUATE_MD, flags=re.S) if "load_human" in block)
     made = foreign.take(load_body(lab / "models/smpl/SMPL_MALE.npz"), frames=20, size=(64, 48))
     foreign.write_threedpw(tmp_path / "raw/3DPW", [made], ["m"], np.ones((1, 20)))
     for picture in (tmp_path / "raw/3DPW/imageFiles").rglob("*.jpg"):
         turned = Image.Exif()
         turned[0x0112] = 6
         Image.open(picture).save(picture, exif=turned)
-    torch.manual_seed(0)
-    fov = HumanFoV(width=4).eval()  # its random weights make little of a field of view of 1 radian
-    with torch.no_grad():
-        fov.fc3.weight.mul_(0.01)
-        fov.fc3.bias.fill_(1.0)
-    write_safetensors(tmp_path / "human_fov.safetensors", human_fov_header(fov), fov.state_dict())
-    seen = []
-    monkeypatch.setattr(HumanFoV, "forward", lambda self, x, real=HumanFoV.forward: seen.append(x) or real(self, x))
     monkeypatch.chdir(tmp_path)
-    exec(lines, {})
+    seen = run_the_lines_of_the_docs(monkeypatch)
     assert len(seen) == 16
     with np.load("focal.npz") as file:
         focal_px = file[MAN]
     assert float(focal_px) == pytest.approx(48 / (2 * np.tan(0.5)), rel=0.05)
     evaluated(lab, tmp_path / "out", "--protocol=emdb-24", "--intrinsics=focal.npz", "--max_clips=1")
     assert oracle.focal_px == pytest.approx([float(focal_px)])
+
+
+def test_humanfov_sees_pictures_that_lie_on_their_side_upright(tmp_path, monkeypatch, free_body):
+    """As the converter turns those of BEDLAM's closeups; 3DPW and EMDB have none."""
+    made = foreign.take(free_body, frames=2, size=(48, 64))
+    foreign.write_bedlam(tmp_path / "raw/BEDLAM", "scene_closeup", made)
+    monkeypatch.chdir(tmp_path)
+    seen = run_the_lines_of_the_docs(monkeypatch, 'SETS["bedlam"](Path("raw/BEDLAM"), "all")')
+    for shown, image in ((seen[0], made.images[0]), (seen[-1], made.images[1])):
+        assert torch.equal(shown[0], normalised(torch.from_numpy(letterboxed(image)).permute(2, 0, 1)[None])[0])
+    with np.load("focal.npz") as file:
+        (focal_px,) = file.values()
+    assert float(focal_px) == pytest.approx(64 / (2 * np.tan(0.5)), rel=0.05)

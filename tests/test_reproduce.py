@@ -104,7 +104,7 @@ MINIATURES = (
     Miniature("fit -c conf/decoder.yaml", added=(*QUICK,
         *keys("model.init_args.denoiser.", depth=3, heads=2, mlp_dim=32),
         *keys("data.init_args.", window=WINDOW, batch_size=1, workers=0))),
-    Miniature("fit -c conf/train_hmr2.yaml", added=(*QUICK,
+    Miniature("fit -c conf/train_", added=(*QUICK,
         *keys("model.init_args.net.", vit_dim=64, vit_depth=4, vit_heads=4, head_dim=128, head_depth=2, head_heads=8,
               head_dim_head=16, head_mlp_dim=96),
         *keys("data.init_args.", clips_per_epoch=12, batch_size=4, val_frames=3, workers=0),
@@ -176,6 +176,7 @@ def write_downloads(folder: Path) -> None:
     members = foreign.hmr2_members("one", made, 0, [foreign.hmr2_person(made)])
     members |= foreign.hmr2_members("two", made, 1, [foreign.hmr2_person(made, 1)], with_masks=False)
     foreign.write_tar(raw / "4DHumans/coco/000000.tar", members)
+    foreign.write_camerahmr(raw / "CameraHMR", foreign.take(neutral, frames=2, seed=11, size=SIZE))
     for part, seed in (("AMASS", 9), ("AMASS_val", 10)):
         foreign.write_amass(raw / part / "CMU/01/01_01_poses.npz", foreign.take(neutral, 120, seed, up="z", still=True))
 
@@ -219,7 +220,8 @@ def test_the_commands_lead_from_downloads_to_the_tables(tmp_path: Path, monkeypa
         assert merged.config.architecture == model and merged.config.token_merging.keep_tokens == 90
         decoder, _ = load_decoder(f"runs/decoder_{model}/checkpoints/best.ckpt")
         assert decoder.encoder == encoder_id(merged)
-    assert len(load_encoder("runs/train_hmr2/checkpoints/best.ckpt").backbone.blocks) == 3
+        tuned = load_encoder(f"runs/train_{model}/checkpoints/best.ckpt")
+        assert tuned.config.architecture == model and len(tuned.backbone.blocks) == 3
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
@@ -300,11 +302,19 @@ def test_what_is_predicted_gets_the_error_that_it_has(tmp_path: Path, monkeypatc
         write_constant(model, tmp_path / f"raw/{model}.ckpt", pose, betas)
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     monkeypatch.chdir(tmp_path)
+    filmed = {}
+    monkeypatch.setattr(
+        fasthmr.evaluation.writing, "write_side_by_side", lambda path, *shown: filmed.update({path: shown})
+    )
     for command in commands():
-        if re.match(
-            r"python -m fasthmr\.(export raw|shard \w+ (threedpw|emdb|data/3dpw|data/emdb)|evaluate HMR2)", command
-        ):
+        if re.match(r"python -m fasthmr\.(export raw|shard \w+ (threedpw|emdb|data/3dpw|data/emdb))", command):
             run(command)
+        elif command.startswith("python -m fasthmr.evaluate HMR2"):
+            run(f"{command} --video 0")
+    for clip, systems, *bodies in filmed.values():
+        assert [body.id for body in bodies] == [neutral.id, {"male": male, "female": female}[clip.gender].id]
+        assert {name: motion.full_image for name, motion in systems.items()} == {"HMR2.0": False, "CameraHMR": True}
+    assert len(filmed) == 2
     takes = [(male_take, valid[0]), (female_take, valid[1])]
     of_h36m = regressor[[6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]]
     truths = {

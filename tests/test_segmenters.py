@@ -7,6 +7,7 @@ Skipped where the extras `yolo` and `rfdetr` are not installed: `make test-segme
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -55,7 +56,9 @@ def masked(folder: Path, by: str, weights: Path, workers: int = 1) -> list[np.nd
     assert verify_shards(folder / "out") == []
     (clip,) = ClipStore(folder / "out")
     assert clip.status["masks"] == "pseudo"
-    assert ClipStore(folder / "out").manifest.source["masks"] == {"segmenter": by, "weights": weights.name}
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    described = {"segmenter": by, "weights": weights.name, "sha256": sha256}
+    assert ClipStore(folder / "out").manifest.source["masks"] == described
     return [clip.masks.decode(frame) for frame in range(FRAMES)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,22 @@ def test_input_overlay_and_side_view_of_every_system(clip, free_body):
     for still in beside:  # only the crop's camera moves
         assert (still[0] != 255).any() and all(np.array_equal(still[0], later) for later in still[1:])
     assert (beside[0][0] != 255).any(-1).sum() > 1000 and not np.array_equal(beside[0][0], beside[1][0])
+
+
+def test_camerahmrs_mesh_is_where_the_full_images_lens_sees_it(clip, free_body):
+    """In a wide lens, off its middle, and leaning. The pinhole alone says where: what is near is larger."""
+    focal, middle = 400, np.array([120, 236])
+    clip = replace(clip, intrinsics=np.array([[focal, 0, 120], [0, focal, 236], [0, 0, 1]], np.float32))
+    center, size = clip.box_center[:, None], 1.2 * clip.box_size[:, None, None]
+    away = 2 * focal / (0.6 * size)  # the body's own middle is seen in that of the crop
+    place = np.concatenate([away * (center - middle) / focal, away], -1)
+    motion = replace(standing((0.6, 0.6, 0.6), turn=np.pi + 0.6), full_image=True)
+    points = free_body(motion.rotations, motion.betas).vertices.numpy() + place
+    pixels = focal * points[..., :2] / points[..., 2:] + middle
+    for frame, seen in zip(side_by_side(clip, {"a": motion}, free_body), (pixels - center) / size, strict=True):
+        rows, columns = np.nonzero((panel(frame, OVER, 1) != panel(frame, OVER, 0)).any(-1))
+        drawn = [columns.min(), rows.min(), columns.max(), rows.max()]
+        np.testing.assert_allclose(drawn, 256 * (np.append(seen.min(0), seen.max(0)) + 0.5), atol=1.5)
 
 
 def test_the_truth_is_shown_from_the_side(clip, free_body):

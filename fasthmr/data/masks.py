@@ -7,6 +7,7 @@ sticks out of it least. The crop, not the full image, is what it sees; that is w
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import textwrap
 from collections.abc import Callable
@@ -144,7 +145,10 @@ class MaskFolder:
         return mask[None] > 127
 
     def describe(self) -> dict[str, Any]:
-        return {"segmenter": "folder", "files": sum(1 for _ in self.folder.glob("*/*.png"))}
+        paths = sorted(self.folder.glob("*/*.png"))
+        files = [(str(path.relative_to(self.folder)), path.stat().st_size) for path in paths]
+        names_and_sizes = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        return {"segmenter": "folder", "files": len(files), "names_and_sizes": names_and_sizes}
 
 
 class Yolo:
@@ -178,7 +182,7 @@ class Yolo:
         return np.asarray(result.masks.data.cpu().numpy()) > 0.5
 
     def describe(self) -> dict[str, Any]:
-        return {"segmenter": "yolo", "weights": Path(self._weights).name}
+        return {"segmenter": "yolo", **_described(self._weights)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._weights, self._load)  # the networks themselves cannot be pickled once they ran
@@ -214,10 +218,20 @@ class RfDetr:
         return np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
 
     def describe(self) -> dict[str, Any]:
-        return {"segmenter": "rfdetr", "weights": Path(self._weights).name}
+        return {"segmenter": "rfdetr", **_described(self._weights)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._weights, self._load)  # the networks themselves cannot be pickled once they ran
+
+
+def _described(weights: str) -> dict[str, Any]:
+    """Name and checksum of a file of weights; None for one that is where the package alone knows."""
+    file = Path(weights)
+    sha256 = None
+    if file.is_file():
+        with file.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"weights": file.name, "sha256": sha256}
 
 
 def _loaded(load: Callable[[str], Any], weights: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,9 @@ def measure(
             if number == drawn:
                 rooted[name] = mesh.rooted
             if number == filmed:
-                motions[name] = _whole(encoded, rotations, betas, seen.start, seen.frames)
+                motion = _whole(encoded, rotations, betas, seen.start, seen.frames)
+                architecture = system.pipeline.hmr.config.architecture
+                motions[name] = replace(motion, full_image=architecture == "camerahmr")
         curves = _curves(truth, rooted, true_mesh.rooted) if rooted else None
         measured[number] = Measured(errors, curves, motions or None)
     everything = functools.reduce(lambda a, b: a | b, from_all_ranks(measured))

@@ -6,6 +6,8 @@ predicts `camera = (s, tx, ty)` of its square crop: s scales, and (tx, ty) move 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,41 @@ def full_image_translation(
     scaled_size = box_size * scale + _SCALE_EPS
     offset = 2 * (box_center - image_size / 2) / scaled_size[..., None]
     return torch.stack((tx + offset[..., 0], ty + offset[..., 1], 2 * focal_px / scaled_size), dim=-1)
+
+
+class CropCamera(NamedTuple):
+    """A pinhole camera whose picture is the network's square crop.
+
+    Attributes:
+        translation: (..., 3) metres; puts the body, which is centred on its own origin, in front of the camera.
+        focal_px: (...) px of the crop.
+        center: (..., 2) its principal point, px of the crop.
+    """
+
+    translation: Tensor
+    focal_px: Tensor
+    center: Tensor
+
+
+def crop_camera(
+    camera: Tensor, box_center: Tensor, box_size: Tensor, intrinsics: Tensor, full_image: bool
+) -> CropCamera:
+    """The camera that a network's prediction is seen by.
+
+    Args:
+        camera: (..., 3) = (s, tx, ty), predicted on the crop.
+        box_center: (..., 2) px of the full image.
+        box_size: (...) side of the square crop, px of the full image.
+        intrinsics: (..., 3, 3) of the full image.
+        full_image: whether `camera` counts on the full image's lens, as CameraHMR's does, or on one of the crop's own,
+            as HMR2.0's.
+    """
+    middle = torch.full_like(box_center, CROP_PX / 2)
+    if not full_image:
+        return CropCamera(crop_camera_translation(camera), torch.full_like(box_size, CROP_FOCAL_PX), middle)
+    focal, principal, scale = intrinsics[..., 0, 0], intrinsics[..., :2, 2], CROP_PX / box_size
+    translation = full_image_translation(camera, box_center, box_size, 2 * principal, focal)
+    return CropCamera(translation, scale * focal, middle + scale[..., None] * (principal - box_center))
 
 
 def box_info(box_center: Tensor, box_size: Tensor, image_size: Tensor, focal_px: Tensor | float) -> Tensor:

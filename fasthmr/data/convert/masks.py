@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from fasthmr.conventions import MASK_OTHER, MASK_SUBJECT
 from fasthmr.data.convert.reading import ConvertError, Picture, read_picture
 
-_LAYERS = ("body", "clothing", "hair")
+_NAME = re.compile(r"(?P<stem>.+)_(?P<who>..)_(body|clothing|hair)\.png", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,12 @@ class Layers:
         stem = Path(self.stems[frame])
         people: dict[str, np.ndarray] = {}
         size: tuple[int, ...] | None = None
-        for layer in _LAYERS:
-            for path in sorted((self.folder / stem.parent).glob(f"{stem.name}_??_{layer}.png")):
-                shown = read_picture(self.folder, Picture(path.relative_to(self.folder).as_posix()))[..., 0] > 127
-                who = path.name.removeprefix(f"{stem.name}_")[:2]
-                size = shown.shape if size is None else size
-                if shown.shape != size:
-                    raise ConvertError(f"{path} has {shown.shape} px, other masks of the picture have {size}")
-                people[who] = people[who] | shown if who in people else shown
+        for who, path in self._files.get(stem, ()):
+            shown = read_picture(self.folder, Picture(path.relative_to(self.folder).as_posix()))[..., 0] > 127
+            size = shown.shape if size is None else size
+            if shown.shape != size:
+                raise ConvertError(f"{path} has {shown.shape} px, other masks of the picture have {size}")
+            people[who] = people[who] | shown if who in people else shown
         if not people:
             raise ConvertError(f"{self.folder / stem}_*_body.png are missing: the scene has masks, this picture none")
         upright = {who: np.rot90(shown, -self.quarter_turns) for who, shown in people.items()}
@@ -59,6 +59,16 @@ class Layers:
         for who, shown in upright.items():
             label[shown] = MASK_SUBJECT if who == subject and on_joints[who] > 0 else MASK_OTHER
         return label
+
+    @cached_property
+    def _files(self) -> dict[Path, list[tuple[str, Path]]]:
+        """(NN, file) of each layer, by STEM: one look at each folder, which holds those of all its pictures."""
+        files: dict[Path, list[tuple[str, Path]]] = {}
+        for parent in dict.fromkeys(Path(stem).parent for stem in self.stems):
+            for path in sorted((self.folder / parent).glob("*.png")):
+                if found := _NAME.fullmatch(path.name):
+                    files.setdefault(parent / found["stem"], []).append((found["who"], path))
+        return files
 
 
 def share_on(shown: np.ndarray, points: np.ndarray) -> float:

@@ -278,16 +278,44 @@ class ConvertedSource:
         clips: from `plan`.
         bodies: by gender; must have all that `clips.genders` lists.
         crops: how crops are stored.
+        max_unusable: share of the pictures that may turn out unusable, all processes' together.
+        unusable: how many did already, in shards that are finished.
     """
 
-    def __init__(self, foreign: ForeignSet, clips: Plan, bodies: Mapping[Gender, BodyModel], crops: Crops) -> None:
+    def __init__(
+        self,
+        foreign: ForeignSet,
+        clips: Plan,
+        bodies: Mapping[Gender, BodyModel],
+        crops: Crops,
+        max_unusable: float = 1.0,
+        unusable: int = 0,
+    ) -> None:
         self._foreign, self._plan, self._bodies, self._crops = foreign, clips, dict(bodies), crops
+        self._max_unusable, self._unusable = max_unusable, get_context("spawn").Value("q", unusable)
 
     def __len__(self) -> int:
         return len(self._plan.pieces)
 
-    def make(self, index: int, frames: int | None = None) -> list[Clip | Dropped]:
-        """Piece `index`, or its first `frames`: one clip; more or none if pictures are damaged."""
+    def make(self, index: int) -> list[Clip | Dropped]:
+        """Piece `index`: one clip; more or none if pictures are damaged.
+
+        Raises:
+            ConvertError: by now more pictures than `max_unusable` cannot be used.
+        """
+        made = self._make(index)
+        named = [one.why.partition(": ")[2] for one in made if isinstance(one, Dropped) and _is_picture(one.why)]
+        if named:
+            with self._unusable.get_lock():
+                self._unusable.value += len(named)
+                times = self._unusable.value
+            so_far = Report(frames=self._plan.report.frames - times)
+            so_far.dropped[BAD_PICTURE], so_far.named[BAD_PICTURE] = times, named[:_NAMED]
+            so_far.require_usable(self._max_unusable)
+        return made
+
+    def _make(self, index: int, frames: int | None = None) -> list[Clip | Dropped]:
+        """Piece `index`, or its first `frames`."""
         piece = self._plan.pieces[index]
         track = _opened(self._foreign, piece.unit)[piece.track]
         last = piece.last if frames is None else min(piece.last, piece.first + frames)
@@ -316,12 +344,22 @@ class ConvertedSource:
         for warm, index in enumerate([chosen[0], *chosen]):  # the first one is not timed: pictures come from the disk
             piece = self._plan.pieces[index]
             start = time.perf_counter()
-            tried = self.make(index, frames)
+            tried = self._make(index, frames)
             if warm:
                 took += time.perf_counter() - start
                 done += min(frames, piece.last - piece.first)
                 made += tried
         return took / done * self._plan.report.frames, made
+
+
+def unusable_pictures(folder: Path) -> int:
+    """How many pictures or masks could not be used for the shards that are finished."""
+    shards = (ShardIndex.read(index.with_suffix("")) for index in folder.glob("shard-*.tar.idx"))
+    return sum(_is_picture(why) for shard in shards for why in shard.dropped)
+
+
+def _is_picture(why: str) -> bool:
+    return why.startswith(BAD_PICTURE)
 
 
 def written_report(planned: Report, folder: Path, manifest: Manifest) -> Report:
