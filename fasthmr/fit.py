@@ -76,7 +76,7 @@ from fasthmr.recipe import (
 from fasthmr.resume import AUTO, CONFIG_FILE, LAST_CHECKPOINT, checkpoint_to_resume, require_resumable
 from fasthmr.run_lock import locked
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fit")
 
 #: seconds in which a file that one machine has written must be seen by the others
 _SEEN_S = 120.0

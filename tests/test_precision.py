@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_fit import QUICK, TINY_NET, tiny_data
 
-from fasthmr.fit import FitCLI
+from fasthmr.fit import FitCLI, fit
 from fasthmr.precision import autocast, chosen_precision, has_bf16
 
 #: what `torch.cpu.get_capabilities` says of some CPUs
@@ -61,3 +62,13 @@ def test_training_does_so_unless_its_config_says_otherwise(on_cpu, capabilities,
     assert FitCLI(config).config.trainer.precision == expected
     assert FitCLI([*config, "--trainer.precision=bf16-mixed"]).config.trainer.precision == "bf16-mixed"
     assert FitCLI(["-c", "conf/train_hmr2.yaml"]).config.trainer.precision == "bf16-mixed"
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize(("precision", "warned"), [("bf16-mixed", True), ("32-true", False)])
+def test_bfloat16_without_instructions_for_it_is_remarked_on(on_cpu, tiny_shards, tmp_path, caplog, precision, warned):
+    on_cpu(LAPTOP)
+    keys = [*TINY_NET, *QUICK, *tiny_data(tiny_shards), f"--run_dir={tmp_path}", "--trainer.max_epochs=1"]
+    fit(["-c", "conf/encoder_tiny.yaml", *keys, f"--trainer.precision={precision}"])
+    remarks = [record.getMessage() for record in caplog.records if record.name == "fit"]
+    assert any("no instructions for bfloat16" in remark for remark in remarks) == warned
