@@ -41,6 +41,7 @@ class Study:
         )
         self._plan_errors = PlanErrors(self.hmr, self.body, self.calibration)
         self._known: dict[LayerMergePlan, float] = {}
+        self._measured: dict[tuple[TokenMerging | None, LayerMergePlan], list[str]] = {}
 
     def error(self, plan: LayerMergePlan) -> float:
         """MPJPE under a plan on calibration frames, mm, each plan evaluated once over all searches."""
@@ -48,9 +49,16 @@ class Study:
             self._known[plan] = self._plan_errors(plan)
         return self._known[plan]
 
+    def measure(self, tokens: TokenMerging | None, plan: LayerMergePlan | None = None) -> list[str]:
+        """PA-MPJPE, MPJPE and PVE of the encoder so merged, mm; parameters, M, and multiply-adds of a frame, G, as thop
+        counts. Nothing is measured twice."""
+        plan = LayerMergePlan(self.depth) if plan is None else plan
+        if (tokens, plan) not in self._measured:
+            self._measured[tokens, plan] = self._measure(self.variant(tokens, plan))
+        return self._measured[tokens, plan]
+
     @torch.inference_mode()
-    def measure(self, hmr: HMR) -> list[str]:
-        """PA-MPJPE, MPJPE and PVE of an encoder, mm; parameters, M, and multiply-adds of a frame, G, as thop counts."""
+    def _measure(self, hmr: HMR) -> list[str]:
         errors = PoseErrors(PROTOCOL)
         settings = hmr.config.token_merging
         for clip in self.frames.clips:
@@ -74,12 +82,11 @@ class Study:
         told = [f"{float(values[name]):.2f}" for name in ("pa_mpjpe_mm", "mpjpe_mm", "pve_mm")]
         return [*told, f"{cost.params / 1e6:.2f}", f"{cost.macs_thop / 1e9:.3f}"]
 
-    def variant(self, tokens: TokenMerging | None, plan: LayerMergePlan | None = None) -> HMR:
+    def variant(self, tokens: TokenMerging | None, plan: LayerMergePlan) -> HMR:
         """A copy of the encoder with its layers merged by a plan, and its tokens."""
         hmr = copy.deepcopy(self.hmr)
         hmr.set_token_merging(None)
-        if plan is not None:
-            hmr.merge_layers(self.hmr.merge_plan.then(plan))
+        hmr.merge_layers(self.hmr.merge_plan.then(plan))
         hmr.set_token_merging(tokens)
         return hmr
 
@@ -93,7 +100,7 @@ def by_tau(study: Study) -> Iterator[list[str]]:
     for tau in (None, *TAUS_MM):
         plan = LayerMergePlan(study.depth) if tau is None else search_layer_merges(study.depth, study.error, tau)
         name = "un-merged" if tau is None else f"{tau:g}"
-        yield [name, str(len(plan.layers)), *study.measure(study.variant(None, plan)), str(plan)]
+        yield [name, str(len(plan.layers)), *study.measure(None, plan), str(plan)]
 
 
 def by_tokens_per_layer(study: Study) -> Iterator[list[str]]:
@@ -101,9 +108,8 @@ def by_tokens_per_layer(study: Study) -> Iterator[list[str]]:
     yield ["tokens a layer", "layers that merge", *MEASURED]
     for per_layer in (None, 10, 20, 40, 60, 80, 96):
         tokens = None if per_layer is None else TokenMerging(per_layer=per_layer)
-        hmr = study.variant(tokens)
-        merging = len(hmr.backbone.tokens_merged(study.depth))
-        yield ["none" if per_layer is None else str(per_layer), str(merging), *study.measure(hmr)]
+        merging = 0 if tokens is None else len(tokens.schedule(study.hmr.backbone.num_tokens, study.depth))
+        yield ["none" if per_layer is None else str(per_layer), str(merging), *study.measure(tokens)]
 
 
 def by_choice(study: Study) -> Iterator[list[str]]:
@@ -121,7 +127,7 @@ def by_choice(study: Study) -> Iterator[list[str]]:
     ]
     for tokens in choices:
         settings = [tokens.mask, tokens.metric, tokens.average, "yes" if tokens.proportional_attention else "no"]
-        yield [*settings, f"{tokens.person_share:g}", *study.measure(study.variant(tokens))[:3]]
+        yield [*settings, f"{tokens.person_share:g}", *study.measure(tokens)[:3]]
 
 
 TABLES: dict[str, Callable[[Study], Iterator[list[str]]]] = {
