@@ -14,7 +14,7 @@ from torch import Tensor
 from fasthmr.conventions import CROP_PX
 from fasthmr.data.batch import ClipBatch
 from fasthmr.files import write_png
-from fasthmr.geometry.cameras import CropCamera, crop_camera
+from fasthmr.geometry.cameras import Lens, image_lens, predicted_lens
 from fasthmr.models.hmr import HMROutput
 from fasthmr.render.overlay import overlay_mesh, side_view
 
@@ -50,7 +50,7 @@ class Pictures(L.Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
-        full_image = pl_module.net.config.architecture == "camerahmr"  # type: ignore[union-attr]
+        full_image: bool = pl_module.net.config.full_image  # type: ignore[assignment, union-attr]
         for clip in range(min(len(batch.keys), self.samples - len(self._strips))):
             self._strips.append(draw_strip(pl_module.body, batch, HMROutput(**outputs), clip, full_image))
 
@@ -70,7 +70,7 @@ def draw_strip(body: Any, batch: ClipBatch, output: HMROutput, clip: int, full_i
     """Input | prediction | ground truth | side views of both, for the middle frame of one clip: (256, 5*256, 3) RGB.
 
     The truth is drawn with the full image's camera; so is the prediction if it counts on that (`full_image`, as of
-    `crop_camera`), else with the crop's own.
+    `predicted_lens`), else with the crop's own.
     """
     frames = batch.valid.shape[1]
     frame = frames // 2
@@ -79,20 +79,18 @@ def draw_strip(body: Any, batch: ClipBatch, output: HMROutput, clip: int, full_i
     faces = body.faces.cpu().numpy()
     box = (batch.box_center[clip, frame], batch.box_size[clip, frame], batch.intrinsics[clip])
 
-    def over_image(vertices: Tensor, camera: CropCamera, color: tuple[float, float, float]) -> np.ndarray:
-        (x, y), focal = camera.center.tolist(), float(camera.focal_px)
-        return overlay_mesh(image, (vertices + camera.translation).cpu().numpy(), faces, focal, (x, y), color)
+    def over_image(vertices: Tensor, lens: Lens, color: tuple[float, float, float]) -> np.ndarray:
+        (x, y), focal = lens.center.tolist(), float(lens.focal_px)
+        return overlay_mesh(image, vertices.cpu().numpy(), faces, focal, (x, y), color)
 
     with torch.no_grad():
         predicted = body(output.rotations[row : row + 1].float(), output.betas[row : row + 1].float())
         truth = body(batch.rotations[clip, frame : frame + 1], batch.betas[clip : clip + 1])
-        camera = crop_camera(output.camera[row].float(), *box, full_image)
+        lens, shift = predicted_lens(output.camera[row].float(), *box, full_image)
     vertices = predicted.vertices[0]
-    panels = [image, over_image(vertices, camera, PREDICTION_COLOR)]
+    panels = [image, over_image(vertices + shift, lens, PREDICTION_COLOR)]
     if bool(batch.has_pose[clip]):
-        images_camera = crop_camera(output.camera[row].float(), *box, True)
-        true_camera = images_camera._replace(translation=batch.translation[clip, frame])
-        panels.append(over_image(truth.vertices[0], true_camera, TRUTH_COLOR))
+        panels.append(over_image(truth.vertices[0] + batch.translation[clip, frame], image_lens(*box), TRUTH_COLOR))
     else:
         panels.append(np.full_like(image, 255))
     panels.append(side_view(vertices.cpu().numpy(), faces, CROP_PX, PREDICTION_COLOR))

@@ -61,7 +61,7 @@ class ProgressiveMerging(L.Callback):
         frames_per_clip: calibration frames of each clip.
         max_clips: calibration clips; null for all.
         moments: Adam moments of a merged layer: of the "later" layer, or "reset".
-        precision: of the calibration: "bf16", "32", or "auto", the faster one on the device.
+        precision: of the calibration: "bf16", "32", or "auto": bf16 where the device has instructions.
         cache_gb: memory for outputs of layers that do not change.
 
     Raises:

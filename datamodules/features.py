@@ -203,7 +203,7 @@ class FeatureDataModule(ClipDataModule):
         batch_size: windows per training batch and rank.
         val_batch_size: windows per validation batch and rank.
         mask_people: whose tokens merging protects: the tracked person's, or all people's.
-        precision: of the encoder: "bf16", "32", or "auto", the faster one on the device.
+        precision: of the encoder: "bf16", "32", or "auto": bf16 where the device has instructions.
         crop_scale: side of the network's crop over that of the tight person box.
         workers: loader processes per rank and loader, and processes that make shards.
         seed: of order and windows.

@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     encoder.add_argument("--merged", type=int, default=4, help="layers less, for random weights")
     encoder.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="frames at a time")
     encoder.add_argument("--rounds", type=int, default=5, help="measurements of each")
-    encoder.add_argument("--precision", choices=get_args(PrecisionChoice), default="auto", help="auto: the faster here")
+    encoder.add_argument(
+        "--precision", choices=get_args(PrecisionChoice), default="auto", help="auto: bf16 if there are instructions"
+    )
     encoder.add_argument("--compile", action="store_true", help="by torch.compile; needs a C++ compiler or a GPU")
     load = commands.add_parser("load", help="seconds and memory of loading checkpoints")
     load.add_argument("--size", choices=list(SIZES), default="hmr2")

@@ -126,7 +126,7 @@ class PlanErrors:
         calibration: frames and labels.
         protocol: name of the evaluation protocol; one that regresses joints is not supported.
         cache_gb: memory for the layers' outputs; 0 keeps nothing.
-        precision: "bf16", "32", or "auto", the faster one on the encoder's device.
+        precision: "bf16", "32", or "auto": bf16 where the encoder's device has instructions for it.
         mask_people: whose tokens merging protects: the tracked person's ("subject"), or those of "all".
 
     Raises:

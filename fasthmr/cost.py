@@ -184,7 +184,7 @@ def frames_per_second(
         batch: frames at a time.
         rounds: measurements of each.
         precision: bf16 with weights and images in it (a copy; read-outs stay in float32), as one would run them; 32; or
-            auto, the faster one on the device.
+            auto, bf16 where the device has instructions for it.
         compiled: by torch.compile, whose time is not counted.
 
     Raises:

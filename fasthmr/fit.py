@@ -237,7 +237,7 @@ class FitCLI(LightningCLI):
         super().instantiate_classes()
         require_supported(self.trainer.strategy)
         device = self.trainer.strategy.root_device
-        if "bf16" in str(self.trainer.precision) and not has_bf16(device):
+        if self.trainer.is_global_zero and "bf16" in str(self.trainer.precision) and not has_bf16(device):
             log.warning(
                 "this %s has no instructions for bfloat16, so float32 is faster: --trainer.precision 32-true",
                 "GPU" if device.type == "cuda" else "CPU",

@@ -67,7 +67,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--frames_per_clip", type=int, default=80, help="calibration frames, spread over each clip")
     parser.add_argument("--max_clips", type=int | None, default=None, help="calibration clips; all if not given")
     parser.add_argument("--cache_gb", type=float, default=4.0, help="memory for outputs of layers that do not change")
-    parser.add_argument("--precision", type=str, default="auto", help="bf16, 32, or auto: the faster one here")
+    parser.add_argument(
+        "--precision", type=str, default="auto", help="bf16, 32, or auto: bf16 if there are instructions"
+    )
     parser.add_argument(
         "--mask_people", type=str, default="subject", help="whose tokens are protected: of the `subject`, or of `all`"
     )

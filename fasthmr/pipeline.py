@@ -38,8 +38,8 @@ class PipelineConfig:
     """How a pipeline runs.
 
     Args:
-        precision: of the encoder: "bf16", "32", or "auto", the faster one on the device; the decoder and the body
-            compute in float32.
+        precision: of the encoder: "bf16", "32", or "auto" (bf16 where the device has instructions for it); the decoder
+            and the body compute in float32.
         batch: frames that the encoder sees at a time.
         average_betas: average the shape over the frames of a sequence (FastHMR, Sec. 4.1).
         mask_people: whose tokens merging protects: the tracked person's ("subject"), or those of "all".

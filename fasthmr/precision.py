@@ -12,22 +12,23 @@ import torch
 
 #: what is computed in: bfloat16 by autocast, or float32
 Precision = Literal["bf16", "32"]
-#: what can be asked for: one of them, or `auto`, the faster one on the device
+#: what can be asked for: one of them, or `auto`, bfloat16 where the device has instructions for it
 PrecisionChoice = Literal["auto", "bf16", "32"]
+#: how tables name them
+IN_WORDS: Mapping[Precision, str] = {"bf16": "bf16", "32": "float32"}
 
 #: of `torch.cpu.get_capabilities`: x86, x86 with matrix tiles, ARM
 _CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
-#: of tables
-IN_WORDS: Mapping[Precision, str] = {"bf16": "bf16", "32": "float32"}
-
-
 def has_bf16(device: torch.device | str) -> bool:
-    """Whether a device has instructions for bfloat16. Releases of torch that cannot tell of CPUs say no."""
+    """Whether a device has instructions for bfloat16."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch knows what oneDNN says, which counts some conversions
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in _CPU_INSTRUCTIONS)
 
 

@@ -75,7 +75,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--body", type=str, default="free", help="`free`, or a body file in SMPL's format")
     parser.add_argument("--glb_frame", type=int, default=0, help="which frame's mesh to write")
     parser.add_argument(
-        "--precision", type=str, default="auto", help="of the encoder: bf16, 32, or auto: the faster one here"
+        "--precision",
+        type=str,
+        default="auto",
+        help="of the encoder: bf16, 32, or auto: bf16 if there are instructions",
     )
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; the best there is if not given")
     parser.add_argument("-o", "--out", type=str, required=True, help="folder to write to")

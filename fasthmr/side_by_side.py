@@ -19,7 +19,7 @@ from fasthmr.conventions import CROP_PX, NUM_BETAS, NUM_JOINTS, PELVIS
 from fasthmr.data.batch import ClipSample
 from fasthmr.data.schema import Clip
 from fasthmr.data.transforms import Augmentation, make_sample
-from fasthmr.geometry.cameras import crop_camera
+from fasthmr.geometry.cameras import predicted_lens
 from fasthmr.geometry.rotations import axis_angle_to_matrix
 from fasthmr.render.overlay import overlay_mesh, side_view
 from fasthmr.video.writing import written_video
@@ -176,8 +176,8 @@ def _meshes(motion: PosedMotion, sample: ClipSample, body: BodyModel) -> _Meshes
     rotations, betas = (t[index].float().to(body.faces.device) for t in (motion.rotations, motion.betas))
     posed = body(rotations, betas)
     center, size, intrinsics = map(torch.tensor, (sample.box_center, sample.box_size, sample.intrinsics))
-    lens = crop_camera(motion.camera[index].float(), center, size, intrinsics, motion.full_image)
-    parts = (posed.vertices, posed.joints[:, PELVIS], *lens, body.faces, motion.valid[index])
+    lens, shift = predicted_lens(motion.camera[index].float(), center, size, intrinsics, motion.full_image)
+    parts = (posed.vertices, posed.joints[:, PELVIS], shift, *lens, body.faces, motion.valid[index])
     return _Meshes(*(part.cpu().numpy() for part in parts))
 
 

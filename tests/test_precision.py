@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_fit import QUICK, TINY_NET, tiny_data
@@ -30,11 +32,18 @@ def test_auto_takes_bf16_where_there_are_instructions_for_it(on_cpu, server):
 
 
 def test_of_a_gpu_what_torch_says_of_it_without_emulation(monkeypatch):
-    for supported in (True, False):
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s and not including_emulation
-        )
-        assert has_bf16("cuda:1") == supported
+    """Torch tells of the current one: here the second of two can."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(current.append(device)))
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == "cuda:1" and not including_emulation
+    )
+    assert has_bf16("cuda:1") and not has_bf16("cuda:0")
+
+
+def test_of_a_cpu_what_onednn_says_where_torch_is_older(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert has_bf16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_what_is_asked_for_is_done(on_cpu):

@@ -33,7 +33,8 @@ class EvaluationConfig:
             .npz file of those of all clips, such as HumanFoV's (docs/evaluate.md).
         trained_on: what the systems were trained on, in words, for the table: checkpoints do not say, and the errors on
             3DPW depend on whether its training split is among it.
-        precision: of the encoders: bf16, 32, or auto, the faster one on the device; all else is computed in float32.
+        precision: of the encoders: bf16, 32, or auto (bf16 where the device has instructions for it); all else is
+            computed in float32.
         mask_people: whose tokens are protected: of the `subject`, or of `all`.
         steps: denoising steps of decoders.
         bootstrap: draws of sequences that confidence intervals are made from.

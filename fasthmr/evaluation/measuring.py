@@ -107,8 +107,7 @@ def measure(
                 rooted[name] = mesh.rooted
             if number == filmed:
                 motion = _whole(encoded, rotations, betas, seen.start, seen.frames)
-                architecture = system.pipeline.hmr.config.architecture
-                motions[name] = replace(motion, full_image=architecture == "camerahmr")
+                motions[name] = replace(motion, full_image=system.pipeline.hmr.config.full_image)
         curves = _curves(truth, rooted, true_mesh.rooted) if rooted else None
         measured[number] = Measured(errors, curves, motions or None)
     everything = functools.reduce(lambda a, b: a | b, from_all_ranks(measured))

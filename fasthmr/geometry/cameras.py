@@ -59,24 +59,29 @@ def full_image_translation(
     return torch.stack((tx + offset[..., 0], ty + offset[..., 1], 2 * focal_px / scaled_size), dim=-1)
 
 
-class CropCamera(NamedTuple):
+class Lens(NamedTuple):
     """A pinhole camera whose picture is the network's square crop.
 
     Attributes:
-        translation: (..., 3) metres; puts the body, which is centred on its own origin, in front of the camera.
         focal_px: (...) px of the crop.
         center: (..., 2) its principal point, px of the crop.
     """
 
-    translation: Tensor
     focal_px: Tensor
     center: Tensor
 
 
-def crop_camera(
+def image_lens(box_center: Tensor, box_size: Tensor, intrinsics: Tensor) -> Lens:
+    """The full image's lens, as the crop sees it; arguments as of `predicted_lens`."""
+    scale = CROP_PX / box_size
+    offset = intrinsics[..., :2, 2] - box_center
+    return Lens(scale * intrinsics[..., 0, 0], CROP_PX / 2 + scale[..., None] * offset)
+
+
+def predicted_lens(
     camera: Tensor, box_center: Tensor, box_size: Tensor, intrinsics: Tensor, full_image: bool
-) -> CropCamera:
-    """The camera that a network's prediction is seen by.
+) -> tuple[Lens, Tensor]:
+    """The lens that a network's prediction counts on, and where it puts the body.
 
     Args:
         camera: (..., 3) = (s, tx, ty), predicted on the crop.
@@ -85,13 +90,16 @@ def crop_camera(
         intrinsics: (..., 3, 3) of the full image.
         full_image: whether `camera` counts on the full image's lens, as CameraHMR's does, or on one of the crop's own,
             as HMR2.0's.
+
+    Returns:
+        The lens, and (..., 3) metres, to be added to points centred on the body.
     """
-    middle = torch.full_like(box_center, CROP_PX / 2)
     if not full_image:
-        return CropCamera(crop_camera_translation(camera), torch.full_like(box_size, CROP_FOCAL_PX), middle)
-    focal, principal, scale = intrinsics[..., 0, 0], intrinsics[..., :2, 2], CROP_PX / box_size
+        own = Lens(torch.full_like(box_size, CROP_FOCAL_PX), torch.full_like(box_center, CROP_PX / 2))
+        return own, crop_camera_translation(camera)
+    focal, principal = intrinsics[..., 0, 0], intrinsics[..., :2, 2]
     translation = full_image_translation(camera, box_center, box_size, 2 * principal, focal)
-    return CropCamera(translation, scale * focal, middle + scale[..., None] * (principal - box_center))
+    return image_lens(box_center, box_size, intrinsics), translation
 
 
 def box_info(box_center: Tensor, box_size: Tensor, image_size: Tensor, focal_px: Tensor | float) -> Tensor:

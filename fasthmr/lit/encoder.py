@@ -189,7 +189,7 @@ class MergedEncoderModule(L.LightningModule):
 
     def _joints2d(self, joints: Tensor, camera: Tensor, batch: ClipBatch) -> Tensor:
         """Where predicted joints are seen: (N, 29, 2) in crop widths from the crop's centre, as labels are."""
-        if self.net.config.architecture == "camerahmr":
+        if self.net.config.full_image:
             center, size = batch.box_center.flatten(0, 1), batch.box_size.flatten()
             return project_into_crop(joints, camera, center, size, batch.per_frame(batch.intrinsics))
         translation = crop_camera_translation(camera, CROP_FOCAL_PX, CROP_PX)

@@ -95,6 +95,11 @@ class HMRConfig:
         if not float(self.vit_dim * self.vit_mlp_ratio).is_integer():
             raise ValueError(f"vit_mlp_ratio times vit_dim ({self.vit_dim}) must be whole, got {self.vit_mlp_ratio}")
 
+    @property
+    def full_image(self) -> bool:
+        """Whether the predicted camera counts on the full image's lens, or on one of the crop's own."""
+        return self.architecture == "camerahmr"
+
     @classmethod
     def hmr2(cls) -> HMRConfig:
         """HMR2.0's size: ViT-H and a 1024-d feature, 670,459,037 parameters."""

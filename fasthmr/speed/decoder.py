@@ -47,9 +47,9 @@ def encoder_of(size: str) -> HMR:
 def print_decoder(size: str, windows: list[int], training_windows: int, rounds: int) -> None:
     """Print what a decoder takes beside its encoder, and how fast it and its prior train.
 
-    All of sampling is measured in turn, in float32 as the pipeline does it; the encoder in the faster precision of the
-    device, as training, which is measured with AdamW, each in a process of its own; memory is that process' at most,
-    on a GPU what torch has taken of it.
+    All of sampling is measured in turn, in float32 as the pipeline does it; the encoder, and training with AdamW,
+    in bf16 where the device has instructions for it. Each training has a process of its own; memory is that process' at
+    most, on a GPU what torch has taken of it.
 
     Args:
         size: `paper` or `tiny`.
