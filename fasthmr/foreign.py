@@ -15,7 +15,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fasthmr.checkpoint_files import CheckpointError, filled_from, read_checkpoint, tensors_of, verify_checksums
+from fasthmr.checkpoint_files import (
+    HEADER_KEY,
+    CheckpointError,
+    filled_from,
+    read_checkpoint,
+    tensors_of,
+    verify_checksums,
+)
 from fasthmr.models.adapters import (
     Foreign,
     backbone_sizes,
@@ -50,26 +57,35 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged, asks for names that are not on the list, or holds no state dict.
     """
-    path = Path(path)
+    return _read(Path(path))[1]
+
+
+def _read(path: Path) -> tuple[bool, dict[str, Tensor]]:
+    """Whether a file has our header, and its state dict; errors as of `read_foreign`."""
     if path.suffix == SUFFIX and path.is_file():
         try:
-            return tensors_of(path, read_tensors(path)[1])
+            metadata, tensors = read_tensors(path)
+            return HEADER_KEY in metadata, tensors_of(path, tensors)
         except CheckpointError:
             raise
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     content = read_checkpoint(path, STAND_INS)
-    return tensors_of(path, next((content[key] for key in _STATE_DICT_KEYS if key in content), content))
+    weights = next((content[key] for key in _STATE_DICT_KEYS if key in content), content)
+    return HEADER_KEY in content, tensors_of(path, weights)
 
 
 def what_is(path: str | Path, kind: Foreign | None = None) -> Foreign:
     """What a foreign file holds: `kind` where it is given, else by the names in it.
 
     Raises:
-        CheckpointError: nothing that is known, or as `read_foreign`.
+        CheckpointError: nothing that is known; a file of ours; or as `read_foreign`.
     """
     if kind is None:
-        kind = recognised(read_foreign(path))
+        ours, weights = _read(Path(path))
+        if ours:
+            raise CheckpointError(f"{path} is ours already: leave --from away")
+        kind = recognised(weights)
     if kind is None:
         raise CheckpointError(f"{path} holds none of {', '.join(get_args(Foreign))}: no names of theirs are in it")
     return kind

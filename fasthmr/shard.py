@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import textwrap
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,11 +49,15 @@ from fasthmr.data.masks import MaskedSource, frames_without_person, load_segment
 from fasthmr.data.schema import Clip, Gender
 from fasthmr.data.shards import ClipStore, Dropped, verify_shards, write_part, write_shards
 from fasthmr.data.sheet import contact_sheet
+from fasthmr.data.synth.amass import MotionFolder
+from fasthmr.data.synth.motion import MotionError
 from fasthmr.data.synth.source import SynthConfig, SynthSource
 from fasthmr.files import write_png, write_text
 
 #: clips in a contact sheet
 _SHEET_CLIPS = 8
+#: options of `convert` that mean nothing where there are no pictures
+_OF_PICTURES = ("split", "body", "body_male", "body_female", "frames", "crop_px", "max_missing", "sheet")
 
 
 def build_parser() -> ArgumentParser:
@@ -64,29 +69,6 @@ def build_parser() -> ArgumentParser:
     make.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     make.add_argument("--part", type=str, default="1/1", help="i/n: job i of n on a cluster; all write into --out")
     make.add_class_arguments(SynthConfig)
-    convert = ArgumentParser(
-        description="Convert a data set, as its makers distribute it, to shards. Nothing is downloaded.",
-    )
-    convert.add_argument("name", type=str, choices=[*SETS, "amass"], help="which set")
-    convert.add_argument("--root", type=str, required=True, help="where it lies, as docs/convert.md shows")
-    convert.add_argument("--out", type=str, required=True, help="folder of the set of shards; of packs for amass")
-    convert.add_argument("--split", type=str, help="which part of the set, or which kind of labels")
-    convert.add_argument("--body", type=str, default="free", help="the neutral body: a body file in SMPL's format")
-    convert.add_argument("--body_male", type=str, help="the male body, for sets whose labels are gendered")
-    convert.add_argument("--body_female", type=str, help="the female body")
-    convert.add_argument(
-        "--frames", type=int, help="of the longest clip, 0 for whole tracks; default: as docs/convert.md says"
-    )
-    convert.add_argument("--crop_px", type=int, default=384, help="side of the stored crops")
-    convert.add_argument("--clips_per_shard", type=int, default=16, help="what a killed conversion loses at most")
-    convert.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    convert.add_argument("--part", type=str, default="1/1", help="i/n: job i of n on a cluster; all write into --out")
-    convert.add_argument("--max_missing", type=float, default=0.01, help="share of pictures that may be missing")
-    convert.add_argument(
-        "--max_unusable", type=float, default=0.01, help="share of tracks, or pictures, that may be bad"
-    )
-    convert.add_argument("--dry_run", "--dry-run", action="store_true", help="only count, and estimate the time")
-    convert.add_argument("--sheet", type=str, help="contact sheet, PNG; default sheet.png in --out, none on a dry run")
     masks = ArgumentParser(
         description="Write a set anew with person masks, where it has none. yolo is ultralytics' (AGPL-3.0: who ships "
         "or serves a program with it must open its source), rfdetr is Roboflow's (Apache-2.0); neither is installed "
@@ -107,11 +89,41 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m fasthmr.shard", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subcommands()
     commands.add_subcommand("make", make)
-    commands.add_subcommand("convert", convert)
+    commands.add_subcommand("convert", _convert_parser())
     commands.add_subcommand("masks", masks)
     commands.add_subcommand("inspect", inspect)
     commands.add_subcommand("verify", verify)
     return parser
+
+
+def _convert_parser() -> ArgumentParser:
+    convert = ArgumentParser(
+        description="Convert a data set, as its makers distribute it, to shards. Nothing is downloaded.",
+    )
+    convert.add_argument("name", choices=[*SETS, "amass"], help="which set")
+    convert.add_argument("--root", type=str, required=True, help="where it lies, as docs/convert.md shows")
+    convert.add_argument("--out", type=str, required=True, help="folder of the set of shards; of packs for amass")
+    splits = "; ".join(f"{name}: {', '.join(made.splits)}" for name, made in SETS.items() if len(made.splits) > 1)
+    convert.add_argument(
+        "--split", type=str, help=f"which part of the set, or which kind of labels, by default the first ({splits})"
+    )
+    convert.add_argument("--body", type=str, default="free", help="the neutral body: a body file in SMPL's format")
+    convert.add_argument("--body_male", type=str, help="the male body, for sets whose labels are gendered")
+    convert.add_argument("--body_female", type=str, help="the female body")
+    convert.add_argument(
+        "--frames", type=int, help="of the longest clip, 0 for whole tracks; default: as docs/convert.md says"
+    )
+    convert.add_argument("--crop_px", type=int, default=384, help="side of the stored crops")
+    convert.add_argument("--clips_per_shard", type=int, default=16, help="what a killed conversion loses at most")
+    convert.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    convert.add_argument("--part", type=str, default="1/1", help="i/n: job i of n on a cluster; all write into --out")
+    convert.add_argument("--max_missing", type=float, default=0.01, help="share of pictures that may be missing")
+    convert.add_argument(
+        "--max_unusable", type=float, default=0.01, help="share of tracks, or pictures, that may be bad"
+    )
+    convert.add_argument("--dry_run", "--dry-run", action="store_true", help="only count, and estimate the time")
+    convert.add_argument("--sheet", type=str, help="contact sheet, PNG; default sheet.png in --out, none on a dry run")
+    return convert
 
 
 def make_set(options: Namespace) -> int:
@@ -130,6 +142,7 @@ def make_set(options: Namespace) -> int:
 def convert_set(options: Namespace) -> int:
     """Convert a set, or one job's part of it."""
     part, parts = _part(options.part)
+    _check_values(options)
     if options.name == "amass":
         return _pack_amass(options, part, parts)
     made = SETS[options.name]
@@ -143,7 +156,8 @@ def convert_set(options: Namespace) -> int:
     _require_most(clips, options.max_missing, options.max_unusable)
     bodies = _bodies(options, foreign, clips)
     out, most = Path(options.out), options.max_unusable
-    source = ConvertedSource(foreign, clips, bodies, Crops(options.crop_px), most, unusable_pictures(out))
+    unusable = [] if options.dry_run else unusable_pictures(out)  # a dry run does not look into OUT
+    source = ConvertedSource(foreign, clips, bodies, Crops(options.crop_px), most, unusable)
     if options.dry_run:
         return _dry_run(options, source, bodies, clips.report.frames)
     manifest = write_part(source, out, part, parts, options.clips_per_shard, options.workers)
@@ -156,7 +170,7 @@ def convert_set(options: Namespace) -> int:
         print(line)
     if not manifest.clips:
         raise ConvertError(f"no clip could be made: {out / REPORT} says why")
-    report.require_usable(most)
+    report.require_usable(most, clips.report.frames)
     store = ClipStore(out)
     chosen = np.unique(np.linspace(0, len(store) - 1, _SHEET_CLIPS).astype(int))
     _write_sheet(Path(options.sheet or out / "sheet.png"), [store[int(i)] for i in chosen], bodies)
@@ -171,16 +185,25 @@ def _part(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _check_values(options: Namespace) -> None:
+    """Refuse numbers that cannot be, before any label is read."""
+    for name, least in (("crop_px", 1), ("frames", 0), ("workers", 1), ("clips_per_shard", 1)):
+        if options[name] is not None and options[name] < least:
+            raise ConvertError(f"--{name} must be {least} or more, got {options[name]} (docs/convert.md)")
+    for name in ("max_missing", "max_unusable"):
+        if not 0 <= options[name] <= 1:
+            raise ConvertError(f"--{name} must be a share from 0 to 1, such as 0.01, got {options[name]}")
+
+
 def _require_most(clips: Plan, max_missing: float, max_unusable: float) -> None:
     """Refuse a download of which too much cannot be converted."""
     report = clips.report
     report.require_usable(max_unusable)
     missing = report.dropped[MISSING]
     if missing > max_missing * (total := missing + report.frames):
-        named = ", ".join(report.named[MISSING])
         raise ConvertError(
-            f"{missing} of {total} pictures are missing ({named}, ...): complete the download, or allow it with "
-            "--max_missing"
+            f"{missing} of {total} pictures are missing ({report.names(MISSING)}): complete the download, or allow it "
+            "with --max_missing"
         )
     if not clips.pieces:
         raise ConvertError("there is nothing to convert: no track has a picture")
@@ -220,6 +243,9 @@ def _write_sheet(path: Path, clips: list[Clip], bodies: dict[Gender, BodyModel])
 
 def _pack_amass(options: Namespace, part: int, parts: int) -> int:
     """Pack AMASS's motions, or one job's subsets of them."""
+    defaults = _convert_parser().get_defaults()
+    if given := [f"--{name}" for name in _OF_PICTURES if options[name] != defaults[name]]:
+        raise ConvertError(f"amass has no pictures, so {', '.join(given)} would do nothing: leave that away")
     root, out = Path(options.root), Path(options.out)
     subsets = amass.find_subsets(root)[part - 1 :: parts]
     print(f"AMASS. {amass.LICENCE}")
@@ -227,8 +253,10 @@ def _pack_amass(options: Namespace, part: int, parts: int) -> int:
         print(f"there are fewer subsets than parts: part {part} of {parts} has nothing to do")
         return 0
     if options.dry_run:
-        files = sum(len(subset.files) for subset in subsets)
-        print(f"{len(subsets)} subsets, {files} files; it will take about {amass.seconds(subsets):.0f} s on one core")
+        files = [file for subset in subsets for file in subset.files]
+        frames = sum(map(_motion_frames, files))
+        print(f"{len(subsets)} subsets, {len(files)} files, {frames} frames at {amass.FPS:g} fps")
+        print(f"it will take about {amass.seconds(subsets):.0f} s on one core")
         return 0
     out.mkdir(parents=True, exist_ok=True)
     total = Report()
@@ -242,6 +270,14 @@ def _pack_amass(options: Namespace, part: int, parts: int) -> int:
         raise ConvertError(f"no motion could be packed: {told} says why")
     print(f"{out}: {total.clips} motions, {total.frames / amass.FPS / 3600:.2f} hours; use it with --motion {out}")
     return 0
+
+
+def _motion_frames(path: Path) -> int:
+    """Frames that a file of AMASS will have in a pack, as its headers say; 0 if they are damaged or it is short."""
+    try:
+        return MotionFolder(path).num_windows(1, amass.FPS)
+    except (MotionError, zlib.error):
+        return 0
 
 
 def mask_set(options: Namespace) -> int:

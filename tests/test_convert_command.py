@@ -84,7 +84,7 @@ def test_missing_pictures_are_counted_and_named_and_cut_the_track(
     gone.unlink()
     assert run("bedlam", tmp_path, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "1 of 4 pictures are missing" in error and gone.name in error
+    assert f"1 of 4 pictures are missing ({gone.relative_to(tmp_path)}): complete" in error  # no dots: that was all
     assert run("bedlam", tmp_path, tmp_path / "out", "--max_missing", "0.3") == 0
     assert [frames for _, frames in ClipStore(tmp_path / "out").lengths()] == [1, 2]
     report = Report.read(tmp_path / "out")
@@ -129,16 +129,44 @@ def test_too_many_damaged_pictures_stop_the_conversion_where_they_are(
     assert run("bedlam", root, out, *options, "0.2") == 2
     error = capsys.readouterr().err
     assert "2 of 6 pictures or masks cannot be used (" in error and "_0005.png" in error
+    assert workers == "2" or error.count("_0005.png") == 2  # that of the clip before, too
     finished = contents(out)
     assert not {"shard-000000.tar", "shard-000001.tar"} <= finished.keys()  # two processes begin with these
     assert workers == "2" or list(finished) == ["shard-000000.tar", "shard-000000.tar.idx"]
     assert not (out / "manifest.json").exists() and not list(out.glob(".shard*"))
 
     assert run("bedlam", root, out, *options, "0.2") == 2  # that in the finished shard still counts
+    assert workers == "2" or capsys.readouterr().err.count("_0005.png") == 2
     assert run("bedlam", root, out, *options, "0.4") == 0
     assert Report.read(out).dropped == {"a picture or mask that cannot be used": 2}
     assert run("bedlam", root, tmp_path / "at_once", "--max_unusable", "0.4") == 0
     assert finished.items() <= contents(out).items() and contents(out) == contents(tmp_path / "at_once")
+
+
+def test_a_damaged_picture_of_a_shard_that_is_made_anew_counts_once(three_scenes: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(three_scenes, root)
+    min(root.glob("images/*/png/*/*_0005.png")).write_bytes(b"no picture")
+    assert run("bedlam", root, out, "--max_unusable", "0.2") == 0  # 1 of 6
+    before, tar = contents(out), out / "shard-000000.tar"
+    (out / "manifest.json").unlink()
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert run("bedlam", root, out, "--max_unusable", "0.2") == 0
+    assert contents(out) == before
+
+
+def test_clips_that_are_lost_otherwise_do_not_raise_the_share_of_damaged_pictures(
+    tmp_path: Path, free_body: BodyModel
+) -> None:
+    made = foreign.take(free_body, frames=2, size=SIZE)
+    for name in ("damaged", "whole"):
+        foreign.write_bedlam(tmp_path, name, made)
+    foreign.write_bedlam(tmp_path, "away", made, center=np.full((2, 2), 5000.0))
+    (tmp_path / "images/damaged/png/seq_000000/seq_000000_0005.png").write_bytes(b"no picture")
+    assert run("bedlam", tmp_path, tmp_path / "out", "--max_unusable", "0.2") == 0  # 1 of 6 that were planned
+    report = Report.read(tmp_path / "out")
+    assert (report.clips, report.frames) == (2, 3)
+    assert report.dropped["a picture or mask that cannot be used"] == 1
 
 
 @pytest.mark.parametrize("name", ["bedlam", "4dhumans"])
@@ -509,11 +537,15 @@ def test_jobs_of_a_cluster_make_one_set(three_scenes: Path, tmp_path: Path, caps
 def test_a_dry_run_counts_and_estimates_and_writes_only_the_sheet(
     three_scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sheet = tmp_path / "look.png"
-    assert run("bedlam", three_scenes, tmp_path / "out", "--dry-run", "--sheet", str(sheet)) == 0
+    sheet, out = tmp_path / "look.png", tmp_path / "out"
+    assert run("bedlam", three_scenes, out, "--dry-run", "--sheet", str(sheet)) == 0
     told = capsys.readouterr().out
     assert "3 label files, 3 tracks -> 3 clips, 6 frames" in told and "s on one core" in told
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
+    out.mkdir()
+    for name in ("shard-000000.tar", "shard-000000.tar.idx"):
+        (out / name).write_text("damaged")
+    assert run("bedlam", three_scenes, out, "--dry-run") == 0  # it does not even look
     picture = cv2.cvtColor(cv2.imread(str(sheet)), cv2.COLOR_BGR2RGB).astype(int)
     plain, meshed = picture[30:256, :256], picture[30:256, 256:512]
     blue = [((tile[..., 2] > 90) & (tile[..., 1] > 90)).mean() for tile in (plain, meshed)]
@@ -660,7 +692,7 @@ def test_amass_is_packed_z_up_to_y_up_at_thirty_frames_a_second(
     damaged.write_bytes(content)
 
     assert run("amass", root, tmp_path / "out", "--dry-run") == 0
-    assert "1 subsets, 5 files" in capsys.readouterr().out
+    assert "1 subsets, 5 files, 30 frames at 30 fps" in capsys.readouterr().out
     assert run("amass", root, tmp_path / "out", "--dry-run", "--part", "2/2") == 0
     assert "part 2 of 2 has nothing to do" in capsys.readouterr().out
     assert run("amass", root, tmp_path / "out", "--max_unusable", "0.3") == 2

@@ -173,6 +173,12 @@ class TestForeign:
         module = MergedEncoderModule(read_header(out).config, ema_decay=None, init_from=str(out))
         assert torch.equal(module.net.backbone.pos_embed, weights["backbone.pos_embed"])
 
+    def test_what_is_ours_already_is_refused(self, merged, tmp_path, capsys):
+        for ours in (merged, "shipped:encoder_tiny"):
+            assert export(ours, "-o", tmp_path / "out.safetensors", "--from", "auto") == 2
+            assert f"{ours} is ours already: leave --from away" in capsys.readouterr().err
+        assert not (tmp_path / "out.safetensors").exists()
+
     @pytest.mark.parametrize(
         "arguments, message",
         [

@@ -51,6 +51,11 @@ def test_verifying_tells_by_its_exit_code(
         ("make --out OUT --motion nowhere.npz", "nowhere.npz"),
         ("make --out OUT --backgrounds nowhere", "nowhere"),
         ("make --out OUT --body nowhere.pkl", "nowhere.pkl"),
+        ("convert bedlam --root OUT --out OUT --crop_px 0", "--crop_px must be 1 or more, got 0"),
+        ("convert bedlam --root OUT --out OUT --frames -3", "--frames must be 0 or more, got -3"),
+        ("convert bedlam --root OUT --out OUT --max_missing -0.1", "--max_missing must be a share from 0 to 1"),
+        ("convert amass --root OUT --out OUT --max_unusable 7", "a share from 0 to 1, such as 0.01, got 7"),
+        ("convert amass --root OUT --out OUT --split x --crop_px 96", "so --split, --crop_px would do nothing"),
         ("inspect OUT", "there is no set of shards in"),
         ("verify OUT", "there is no set of shards in"),
     ],
@@ -71,6 +76,14 @@ def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
         main(["make", "--out", "out", "--clip_count", "3"])
     assert stop.value.code == 2
     assert "--clip_count" in capsys.readouterr().err
+
+
+def test_the_help_of_convert_lists_sets_and_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "mpi_inf_3dhp: neural_annot, hybrik, spin, raw" in told
+    assert "{threedpw,emdb," in told and "lambda" not in told
 
 
 def test_the_contact_sheet_draws_masks_and_joints_where_they_are() -> None:

@@ -48,6 +48,7 @@ __all__ = [
     "Manifest",
     "ShardError",
     "ensure_shards",
+    "is_complete",
     "require_writable",
     "verify_shards",
     "write_part",
@@ -183,7 +184,7 @@ def write_part(
         for name, _ in ours:
             for left_by_killed_writer in folder.glob(f".{name}*.tmp"):
                 left_by_killed_writer.unlink()
-        todo = [(folder / name, r) for name, r in ours if not _is_complete(folder / name)]
+        todo = [(folder / name, r) for name, r in ours if not is_complete(folder / name)]
         if len(todo) < len(ours):
             log.info("%s: %d of %d shards are there already", folder, len(ours) - len(todo), len(ours))
         total = sum(len(clips) for _, clips in todo)
@@ -193,7 +194,7 @@ def write_part(
                     _write_shard(source, bodies, path, clips, bar.update)
             elif todo:
                 _write_in_processes(source, bodies, todo, workers, bar)
-        if not all(_is_complete(folder / name) for name in names):
+        if not all(is_complete(folder / name) for name in names):
             return None
         indices = {name: ShardIndex.read(folder / name) for name in names}
         keys = Counter(sample.key for index in indices.values() for sample in index.samples)
@@ -252,7 +253,12 @@ def _make(source: ClipSource, bodies: list[str], index: int) -> list[Clip | Drop
     return clips
 
 
-def _is_complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Whether a shard is there as a whole, so that no writer makes it anew.
+
+    Raises:
+        ShardError: its index is damaged.
+    """
     return path.exists() and index_path(path).exists() and path.stat().st_size == ShardIndex.read(path).bytes
 
 

@@ -23,7 +23,7 @@ from fasthmr.data.convert.reading import ConvertError, inside
 from fasthmr.data.convert.track import BAD_PICTURE, KEPT, OFF, UNUSABLE_FRAME, Crops, Tracks, make_clips
 from fasthmr.data.index import Manifest, ShardIndex
 from fasthmr.data.schema import Clip, Gender
-from fasthmr.data.shards import Dropped
+from fasthmr.data.shards import Dropped, is_complete
 
 #: raised whenever the same download gives other clips than before
 _VERSION = 3
@@ -120,6 +120,11 @@ class Report:
         if len(named) < _NAMED:
             named.append(name)
 
+    def names(self, reason: str) -> str:
+        """The first few that were left out for a reason, and dots if there are more."""
+        named = self.named.get(reason, [])
+        return "; ".join(named) + ("; ..." if self.dropped[reason] > len(named) else "")
+
     def add(self, other: Report) -> None:
         """Add what another job counted."""
         for name in ("units", "tracks", "clips", "frames"):
@@ -135,8 +140,7 @@ class Report:
         for reason, times in sorted(self.frames_without_labels.items()):
             yield f"kept without labels: {times} frames: {reason}"
         for reason, times in sorted(self.dropped.items()):
-            more = ", ..." if times > len(self.named[reason]) else ""
-            yield f"left out: {times} x {reason}: {', '.join(self.named[reason])}{more}"
+            yield f"left out: {times} x {reason}: {self.names(reason)}"
 
     @classmethod
     def read(cls, folder: Path, name: str = REPORT) -> Report:
@@ -146,19 +150,23 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(vars(self), indent=1)
 
-    def require_usable(self, most: float) -> None:
+    def require_usable(self, most: float, pictures: int = 0) -> None:
         """Refuse a download of which more than the share `most` cannot be used: of its tracks, or of its pictures.
+
+        Args:
+            most: the share.
+            pictures: how many were planned; 0 as long as none was read.
 
         Raises:
             ConvertError: naming the first few.
         """
         for reason, what, total, again in (
             (UNUSABLE, "tracks have labels that", self.tracks, "again"),
-            (BAD_PICTURE, "pictures or masks", self.frames + self.dropped[BAD_PICTURE], "again, convert anew"),
+            (BAD_PICTURE, "pictures or masks", pictures, "again, convert anew"),
         ):
             if (times := self.dropped[reason]) > most * total:
                 raise ConvertError(
-                    f"{times} of {total} {what} cannot be used ({'; '.join(self.named[reason])}): are they of this "
+                    f"{times} of {total} {what} cannot be used ({self.names(reason)}): are they of this "
                     f"format? Download them {again}, or leave them out with --max_unusable"
                 )
 
@@ -278,8 +286,9 @@ class ConvertedSource:
         clips: from `plan`.
         bodies: by gender; must have all that `clips.genders` lists.
         crops: how crops are stored.
-        max_unusable: share of the pictures that may turn out unusable, all processes' together.
-        unusable: how many did already, in shards that are finished.
+        max_unusable: share of the planned pictures that may turn out unusable, in all processes of this job together;
+            other jobs of a cluster count only as far as they were finished when this one began.
+        unusable: what did already, from `unusable_pictures`.
     """
 
     def __init__(
@@ -289,10 +298,11 @@ class ConvertedSource:
         bodies: Mapping[Gender, BodyModel],
         crops: Crops,
         max_unusable: float = 1.0,
-        unusable: int = 0,
+        unusable: Sequence[str] = (),
     ) -> None:
         self._foreign, self._plan, self._bodies, self._crops = foreign, clips, dict(bodies), crops
-        self._max_unusable, self._unusable = max_unusable, get_context("spawn").Value("q", unusable)
+        self._max_unusable, self._unusable = max_unusable, get_context("spawn").Value("q", len(unusable))
+        self._named = list(unusable[:_NAMED])  # those that other processes find are only counted
 
     def __len__(self) -> int:
         return len(self._plan.pieces)
@@ -304,14 +314,13 @@ class ConvertedSource:
             ConvertError: by now more pictures than `max_unusable` cannot be used.
         """
         made = self._make(index)
-        named = [one.why.partition(": ")[2] for one in made if isinstance(one, Dropped) and _is_picture(one.why)]
-        if named:
+        if found := _pictures(one.why for one in made if isinstance(one, Dropped)):
+            self._named = (self._named + found)[:_NAMED]
             with self._unusable.get_lock():
-                self._unusable.value += len(named)
+                self._unusable.value += len(found)
                 times = self._unusable.value
-            so_far = Report(frames=self._plan.report.frames - times)
-            so_far.dropped[BAD_PICTURE], so_far.named[BAD_PICTURE] = times, named[:_NAMED]
-            so_far.require_usable(self._max_unusable)
+            so_far = Report(dropped=Counter({BAD_PICTURE: times}), named={BAD_PICTURE: self._named})
+            so_far.require_usable(self._max_unusable, self._plan.report.frames)
         return made
 
     def _make(self, index: int, frames: int | None = None) -> list[Clip | Dropped]:
@@ -352,14 +361,19 @@ class ConvertedSource:
         return took / done * self._plan.report.frames, made
 
 
-def unusable_pictures(folder: Path) -> int:
-    """How many pictures or masks could not be used for the shards that are finished."""
-    shards = (ShardIndex.read(index.with_suffix("")) for index in folder.glob("shard-*.tar.idx"))
-    return sum(_is_picture(why) for shard in shards for why in shard.dropped)
+def unusable_pictures(folder: Path) -> list[str]:
+    """The pictures or masks that could not be used for the shards that are finished.
+
+    Raises:
+        ShardError: the index of a shard is damaged.
+    """
+    finished = (ShardIndex.read(tar) for tar in sorted(folder.glob("shard-*.tar")) if is_complete(tar))
+    return [name for shard in finished for name in _pictures(shard.dropped)]
 
 
-def _is_picture(why: str) -> bool:
-    return why.startswith(BAD_PICTURE)
+def _pictures(dropped: Iterable[str]) -> list[str]:
+    """Those that are pictures or masks, without the reason."""
+    return [why.removeprefix(f"{BAD_PICTURE}: ") for why in dropped if why.startswith(BAD_PICTURE)]
 
 
 def written_report(planned: Report, folder: Path, manifest: Manifest) -> Report:
