@@ -120,7 +120,9 @@ def backbone_sizes(weights: Mapping[str, Tensor], vit_heads: int | None) -> dict
     hidden = _shape(weights, "backbone.blocks.0.mlp.fc1.weight")[0]
     heads = _VIT_HEADS.get(dim) if vit_heads is None else vit_heads
     if heads is None:
-        raise ValueError(f"how many attention heads has a ViT of width {dim}? The weights do not tell: pass vit_heads (--vit_heads)")
+        raise ValueError(
+            f"how many attention heads has a ViT of width {dim}? The weights do not tell: pass vit_heads (--vit_heads)"
+        )
     numbers = {int(found[1]) for name in weights if (found := re.match(r"backbone\.blocks\.(\d+)\.", name))}
     return {"vit_dim": dim, "vit_depth": len(numbers), "vit_heads": heads, "vit_mlp_ratio": hidden / dim}
 
