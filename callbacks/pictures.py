@@ -50,9 +50,9 @@ class Pictures(L.Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
-        full_image: bool = pl_module.net.config.full_image  # type: ignore[assignment, union-attr]
+        net: Any = pl_module.net
         for clip in range(min(len(batch.keys), self.samples - len(self._strips))):
-            self._strips.append(draw_strip(pl_module.body, batch, HMROutput(**outputs), clip, full_image))
+            self._strips.append(draw_strip(pl_module.body, batch, HMROutput(**outputs), clip, net.config.full_image))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._strips:  # on all ranks but the first

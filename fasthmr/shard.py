@@ -46,7 +46,7 @@ from fasthmr.data.convert.source import (
 )
 from fasthmr.data.convert.track import OFF, Crops
 from fasthmr.data.masks import MaskedSource, frames_without_person, load_segmenter
-from fasthmr.data.schema import Clip, Gender
+from fasthmr.data.schema import MAX_IMAGE_PX, MIN_CROP_PX, Clip, Gender
 from fasthmr.data.shards import ClipStore, Dropped, verify_shards, write_part, write_shards
 from fasthmr.data.sheet import contact_sheet
 from fasthmr.data.synth.amass import MotionFolder
@@ -187,7 +187,9 @@ def _part(text: str) -> tuple[int, int]:
 
 def _check_values(options: Namespace) -> None:
     """Refuse numbers that cannot be, before any label is read."""
-    for name, least in (("crop_px", 1), ("frames", 0), ("workers", 1), ("clips_per_shard", 1)):
+    if not MIN_CROP_PX <= options.crop_px <= MAX_IMAGE_PX:
+        raise ConvertError(f"--crop_px must be {MIN_CROP_PX} to {MAX_IMAGE_PX}, got {options.crop_px}")
+    for name, least in (("frames", 0), ("workers", 1), ("clips_per_shard", 1)):
         if options[name] is not None and options[name] < least:
             raise ConvertError(f"--{name} must be {least} or more, got {options[name]} (docs/convert.md)")
     for name in ("max_missing", "max_unusable"):

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from progressive_run import NET, train
+from study_progressive import Run, Study, StudyError, all_runs, fine_tune, plan_of_depth
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import progressive
@@ -356,49 +357,38 @@ class TestBadInput:
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-@pytest.fixture(scope="module")
-def study():
-    """docs/study_progressive.py."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import study_progressive
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
-    return study_progressive
-
-
 class TestStudy:
-    def test_one_shot_merging_to_any_depth(self, study):
+    def test_one_shot_merging_to_any_depth(self):
         cost = [9.0, 1.0, 4.0, 0.3, 2.0]  # of merging layers i and i + 1
 
         def error(plan: LayerMergePlan) -> float:
             edges = (*plan.layers, plan.depth)
             return sum(sum(cost[a : b - 1]) for a, b in itertools.pairwise(edges))
 
-        plans = {layers: study.plan_of_depth(6, layers, error) for layers in range(5, 0, -1)}
+        plans = {layers: plan_of_depth(6, layers, error) for layers in range(5, 0, -1)}
         assert [len(plan.layers) for plan, _ in plans.values()] == [5, 4, 3, 2, 1]
         assert str(plans[5][0]) == "0 1 2 3+4 5" and plans[5][1] == pytest.approx(0.3, abs=0.02)
-        with pytest.raises(study.StudyError, match="more than 3 of 6 layers at any budget"):
-            study.plan_of_depth(6, 3, lambda plan: 1e9 * len(plan.events))
+        with pytest.raises(StudyError, match="more than 3 of 6 layers at any budget"):
+            plan_of_depth(6, 3, lambda plan: 1e9 * len(plan.events))
 
-    def test_a_run_is_made_once_and_never_taken_for_another(self, study, free_body, tiny_shards, tmp_path):
+    def test_a_run_is_made_once_and_never_taken_for_another(self, free_body, tiny_shards, tmp_path):
         data, start = tmp_path / "data", tmp_path / "start.ckpt"
         data.mkdir()
         for name in ("train", "val"):
             (data / name).symlink_to(tiny_shards)
         save_encoder(start, HMR(NET), free_body.id)
-        short = study.Study(start, data, tmp_path / "out", epochs=2, clips=4)
-        run = study.Run("progressive", 5, seed=0, moments="reset")
+        short = Study(start, data, tmp_path / "out", epochs=2, clips=4)
+        run = Run("progressive", 5, seed=0, moments="reset")
         identity = short.identity()
-        metrics = study.fine_tune(short, run, start, identity)
+        metrics = fine_tune(short, run, start, identity)
         assert metrics["mpjpe_mm"] > 0
         done = tmp_path / "out" / run.name / "done.json"
         finished = done.stat().st_mtime_ns
-        assert study.fine_tune(short, run, start, identity) == metrics and done.stat().st_mtime_ns == finished
-        longer = study.Study(start, data, tmp_path / "out", epochs=3, clips=4)
-        with pytest.raises(study.StudyError, match=r"made from something else \(epochs: 2 -> 3.*choose another --out"):
-            study.fine_tune(longer, run, start, longer.identity())
+        assert fine_tune(short, run, start, identity) == metrics and done.stat().st_mtime_ns == finished
+        longer = Study(start, data, tmp_path / "out", epochs=3, clips=4)
+        with pytest.raises(StudyError, match=r"made from something else \(epochs: 2 -> 3.*choose another --out"):
+            fine_tune(longer, run, start, longer.identity())
 
-    def test_runs_are_all_different(self, study):
-        runs = study.all_runs([8, 6], [0, 1, 1], ["later", "reset"], depth=12)
+    def test_runs_are_all_different(self):
+        runs = all_runs([8, 6], [0, 1, 1], ["later", "reset"], depth=12)
         assert len({run.name for run in runs}) == len(runs) == 2 + 2 * (2 + 4)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import study_decoder
+import study_runs
 import torch
 from tiny_decoder import ENCODER, make_clips
 
@@ -45,17 +46,6 @@ def forked_command(arguments: Sequence[str], log: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def study():
-    sys.path.insert(0, str(DOCS))
-    try:
-        import study_decoder
-        import study_runs
-    finally:
-        sys.path.remove(str(DOCS))
-    return study_decoder, study_runs
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     for name, lengths in (("train", (12, 15)), ("val", (12,))):
@@ -74,11 +64,10 @@ def rows_of(printed: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
 
 
-def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
-    command, runs = study
+def test_every_table_and_nothing_twice(folder, monkeypatch, capsys):
     monkeypatch.chdir(DOCS.parent)
-    monkeypatch.setattr(runs, "run_command", forked_command)
-    assert command.main(arguments(folder)) == 0, capsys.readouterr().err
+    monkeypatch.setattr(study_runs, "run_command", forked_command)
+    assert study_decoder.main(arguments(folder)) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     rows = rows_of(printed)
     assert printed.count("**") == 2 * 8
@@ -89,7 +78,7 @@ def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
     # What is measured anew, with the settings of the training's own validation, is what that measured.
     trained = named["3 x 32"][3:]
     assert trained == named["joints and twists"][4:] == named["1"][1:] == named["naive"][1:]
-    diffused = {tuple(row[:2]): row[2:] for row in rows if len(row) == 6 and row[0] in command.DIFFUSED.values()}
+    diffused = {tuple(row[:2]): row[2:] for row in rows if len(row) == 6 and row[0] in study_decoder.DIFFUSED.values()}
     assert diffused["corrections to the encoder's", "80% of windows"] == trained
     assert diffused["corrections to the encoder's", "as any other"] == named["v and noise"][2:]
     evenly = folder / "out/decoder_both_corrections_last0_merged_of_prior_3x32_joints_twists_seed0/config.yaml"
@@ -106,10 +95,10 @@ def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
     done = json.loads((folder / "out" / run / "done.json").read_text())
     assert trained[1] == f"{done['metrics']['val/mpjpe_mm']:.1f}"
 
-    monkeypatch.setattr(runs, "run_command", lambda *_: pytest.fail("a finished run was repeated"))
-    assert command.main(arguments(folder)) == 0
+    monkeypatch.setattr(study_runs, "run_command", lambda *_: pytest.fail("a finished run was repeated"))
+    assert study_decoder.main(arguments(folder)) == 0
     assert rows_of(capsys.readouterr().out) == rows
-    assert command.main(arguments(folder, "--epochs", "3")) == 2
+    assert study_decoder.main(arguments(folder, "--epochs", "3")) == 2
     assert "was made from something else (epochs: 2 -> 3): choose another --out" in capsys.readouterr().err
 
 
@@ -121,15 +110,14 @@ def test_every_table_and_nothing_twice(study, folder, monkeypatch, capsys):
         (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
     ],
 )
-def test_mistakes(study, folder, more, message, monkeypatch, capsys):
+def test_mistakes(folder, more, message, monkeypatch, capsys):
     monkeypatch.chdir(DOCS.parent)
-    monkeypatch.setattr(study[0].Study, "compute_features", lambda self: None)
-    assert study[0].main(arguments(folder, *(text.format(folder) for text in more))) == 2
+    monkeypatch.setattr(study_decoder.Study, "compute_features", lambda self: None)
+    assert study_decoder.main(arguments(folder, *(text.format(folder) for text in more))) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named(study, folder, tmp_path, monkeypatch):
-    _, runs = study
-    monkeypatch.setattr(runs, "run_command", lambda *_: 1)
-    with pytest.raises(runs.StudyError, match=r"a_run failed: see .*a_run/log\.txt"):
-        runs.train(DOCS.parent / "conf/prior_tiny.yaml", {"trainer": {}}, tmp_path / "a_run", {})
+def test_a_run_that_fails_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_runs, "run_command", lambda *_: 1)
+    with pytest.raises(study_runs.StudyError, match=r"a_run failed: see .*a_run/log\.txt"):
+        study_runs.train(DOCS.parent / "conf/prior_tiny.yaml", {"trainer": {}}, tmp_path / "a_run", {})
