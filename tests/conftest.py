@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 # One thread a test process: xdist runs several, and results must not depend on how many cores there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Every test draws the same numbers, alone or among others: what fails can be seen again."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -183,11 +183,13 @@ class TestSwingTwist:
         torch.testing.assert_close(cos_sin, torch.tensor([1.0, 0.0]))
 
     def test_they_make_up_the_rotation(self):
-        rotations = random_poses(100, 3.1)[:, 0]
-        axis = torch.nn.functional.normalize(torch.randn(100, 3), dim=-1)
+        # in float64: near half a turn float32 loses digits, how many depends on the axis
+        rotations = random_poses(100, 3.1)[:, 0].double()
+        rotations = axis_angle_to_matrix(matrix_to_axis_angle(rotations))  # rotations to more than float32's digits
+        axis = torch.nn.functional.normalize(torch.randn(100, 3, dtype=torch.float64), dim=-1)
         swing, cos_sin = split_swing_twist(rotations, axis)
-        torch.testing.assert_close(swing @ twist_rotation(axis, cos_sin), rotations, atol=1e-4, rtol=0)
-        torch.testing.assert_close((twist_rotation(axis, cos_sin) @ axis[..., None])[..., 0], axis, atol=1e-5, rtol=0)
+        torch.testing.assert_close(swing @ twist_rotation(axis, cos_sin), rotations, atol=1e-10, rtol=0)
+        torch.testing.assert_close((twist_rotation(axis, cos_sin) @ axis[..., None])[..., 0], axis, atol=1e-12, rtol=0)
 
 
 def test_mirror(free_body):
