@@ -85,6 +85,10 @@ def what_is(path: str | Path, kind: Foreign | None = None) -> Foreign:
         ours, weights = _read(Path(path))
         if ours:
             raise CheckpointError(f"{path} is ours already: leave --from away")
+        if any(name.startswith("hmr.smpl_head.") for name in weights):
+            raise CheckpointError(
+                f"{path} is of a folder that --hub wrote: load that with fasthmr.hub.HubModel.from_pretrained"
+            )
         kind = recognised(weights)
     if kind is None:
         raise CheckpointError(f"{path} holds none of {', '.join(get_args(Foreign))}: no names of theirs are in it")

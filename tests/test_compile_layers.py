@@ -13,9 +13,10 @@ from tiny_training import Seen
 
 from callbacks.compile_layers import CompileLayers
 from fasthmr.lit.encoder import MergedEncoderModule
+from fasthmr.merging import TokenMerging
 
-#: without dropped branches, which draw other random numbers when they are compiled
-WITHOUT_DROPS = dataclasses.replace(NET, drop_path=0.0)
+#: without dropped branches, which draw other random numbers when they are compiled; one layer merges tokens
+WITHOUT_DROPS = dataclasses.replace(NET, drop_path=0.0, token_merging=TokenMerging(keep_tokens=100, per_layer=92))
 
 
 class Compiled(L.Callback):

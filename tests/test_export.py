@@ -177,6 +177,9 @@ class TestForeign:
         for ours in (merged, "shipped:encoder_tiny"):
             assert export(ours, "-o", tmp_path / "out.safetensors", "--from", "auto") == 2
             assert f"{ours} is ours already: leave --from away" in capsys.readouterr().err
+        assert export(merged, "-o", tmp_path / "folder", "--hub") == 0
+        assert export(tmp_path / "folder/model.safetensors", "-o", tmp_path / "out.safetensors", "--from", "auto") == 2
+        assert "is of a folder that --hub wrote: load that with" in capsys.readouterr().err
         assert not (tmp_path / "out.safetensors").exists()
 
     @pytest.mark.parametrize(

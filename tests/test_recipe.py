@@ -333,7 +333,12 @@ def test_the_shipped_decoders_recipe_is_of_the_shipped_encoder(capsys):
 def test_pretraining_hands_its_first_stage_to_the_second_which_resumes(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = [*TINY_NET, "--model.init_args.net.vit_depth=3", *QUICK, *tiny_data(tiny_shards)]
-    keys += ["--trainer.limit_val_batches=1", "--merged.trainer.max_epochs=1", "--more.trainer.max_epochs=1"]
+    keys += [
+        "--trainer.limit_val_batches=1",
+        "--merged.trainer.max_epochs=1",
+        "--more.trainer.max_epochs=1",
+        "--many.trainer.max_epochs=1",
+    ]
     # A learning rate of nothing: the second stage ends with the weights that it was given.
     keys += ["--full.model.init_args.optimizer.lr=1e-30"]
     results = fit(["-c", PRETRAIN, *keys, "--full.trainer.max_epochs=1"])

@@ -35,14 +35,15 @@ def submit(tmp_path, monkeypatch):
 
 def test_every_stage_waits_for_the_one_before(submit):
     options = ["--sbatch=--nodes=2 --time=10", "--sbatch.full=--nodes=4"]
-    first, second, third = submit("-c", RECIPE, "--name=mine", *options, "--trainer.max_epochs=3")
+    first, second, third, fourth = submit("-c", RECIPE, "--name=mine", *options, "--trainer.max_epochs=3")
     arguments = f"{ROOT}/slurm/fit.sbatch -c {RECIPE} --name=mine --trainer.max_epochs=3"
     assert first == f"--parsable --job-name=mine-merged --nodes=2 --time=10 {arguments} --stage merged"
     assert second == (
         "--parsable --job-name=mine-full --nodes=2 --time=10 --nodes=4 --dependency=afterok:1 "
         f"--kill-on-invalid-dep=yes {arguments} --stage full"
     )
-    assert "--dependency=afterok:" in third and third.endswith(f"{arguments} --stage more")
+    for job, stage in ((third, "more"), (fourth, "many")):
+        assert "--dependency=afterok:" in job and job.endswith(f"{arguments} --stage {stage}")
 
 
 def test_one_stage_alone(submit):
@@ -53,7 +54,7 @@ def test_one_stage_alone(submit):
 def test_mistakes_are_named_before_anything_is_submitted(submit, tmp_path):
     for arguments, message in (
         (["-c", str(ROOT / "conf/encoder_tiny.yaml")], "this is for recipes"),
-        (["-c", RECIPE, "--sbatch.ful=--nodes=2"], "--sbatch.ful: the recipe's stages are merged, full, more"),
+        (["-c", RECIPE, "--sbatch.ful=--nodes=2"], "--sbatch.ful: the recipe's stages are merged, full, more, many"),
     ):
         with pytest.raises(UsageError, match=message):
             submit(*arguments)
