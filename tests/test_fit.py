@@ -98,14 +98,28 @@ def run_fit(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess
     )
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Runs the command in this process, which is much faster than in one of its own, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["fit", *map(str, arguments)])
+        capsys.readouterr()
+        code = main()
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.mark.parametrize("config", ENCODERS, ids=lambda p: p.name)
-def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_path):
+def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_path, here):
     steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
     if "streaming: true" in config.read_text():
         steps.append("--data.init_args.clips_per_epoch=6")
     if "init_from" in config.read_text():
         steps += START_TINY
-    done = run_fit("-c", str(config), *TINY_NET, *QUICK, *tiny_data(tiny_shards), *steps, "--run_dir=run", cwd=tmp_path)
+    done = here("-c", str(config), *TINY_NET, *QUICK, *tiny_data(tiny_shards), *steps, "--run_dir=run")
     assert done.returncode == 0, done.stderr
     assert "val/mpjpe_mm" in done.stdout and "tensorboard --logdir" in done.stdout
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
@@ -118,14 +132,14 @@ def test_every_config_trains_through_the_entry_point(config, tiny_shards, tmp_pa
 
 
 @pytest.mark.parametrize("config", PRIORS, ids=lambda p: p.name)
-def test_every_prior_trains_through_the_entry_point(config, tmp_path):
+def test_every_prior_trains_through_the_entry_point(config, tmp_path, here):
     sizes = {
         "model.init_args.vae.dim": 32, "model.init_args.vae.window": 20, "data.init_args.window": 20,
         "data.init_args.windows_per_epoch": 8, "data.init_args.val_windows": 2, "data.init_args.batch_size": 4,
         "data.init_args.workers": 0, "trainer.max_epochs": 1,
     }  # fmt: skip
     keys = [f"--{key}={value}" for key, value in sizes.items()]
-    done = run_fit("-c", str(config), *QUICK, *keys, "--run_dir=run", cwd=tmp_path)
+    done = here("-c", str(config), *QUICK, *keys, "--run_dir=run")
     assert done.returncode == 0, done.stderr
     assert "val/mpjpe_mm" in done.stdout
     prior, body = load_prior(tmp_path / "run/checkpoints/last.ckpt")
@@ -133,7 +147,7 @@ def test_every_prior_trains_through_the_entry_point(config, tmp_path):
 
 
 @pytest.mark.parametrize("config", DECODERS, ids=lambda p: p.name)
-def test_every_decoder_trains_through_the_entry_point(config, tmp_path):
+def test_every_decoder_trains_through_the_entry_point(config, tmp_path, here):
     keys = {
         "model.init_args.prior": make_prior(tmp_path / "prior.ckpt"),
         "model.init_args.encoder": make_encoder(tmp_path / "encoder.ckpt"),
@@ -143,7 +157,7 @@ def test_every_decoder_trains_through_the_entry_point(config, tmp_path):
         "data.init_args.batch_size": 2, "data.init_args.workers": 0, "trainer.max_epochs": 1,
     }  # fmt: skip
     arguments = [f"--{key}={value}" for key, value in keys.items()]
-    done = run_fit("-c", str(config), *QUICK, *arguments, "--run_dir=run", cwd=tmp_path)
+    done = here("-c", str(config), *QUICK, *arguments, "--run_dir=run")
     assert done.returncode == 0, done.stderr
     assert "val/mpjpe_mm" in done.stdout and "val/per_frame_mpjpe_mm" in done.stdout
     decoder, header = load_decoder(tmp_path / "run/checkpoints/best.ckpt")
@@ -159,15 +173,12 @@ def test_every_config_is_tested():
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch, capsys):
-    """Runs the command in this process, in an empty folder; returns its exit code and what it says on stderr."""
-    monkeypatch.chdir(tmp_path)
+def told(here):
+    """The same, and only its exit code and what it says on stderr."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["fit", *map(str, arguments)])
-        capsys.readouterr()
-        code = main()
-        return code, capsys.readouterr().err
+        done = here(*arguments)
+        return done.returncode, done.stderr
 
     return run
 
@@ -332,10 +343,11 @@ def test_two_processes_validate_to_the_same_numbers_as_one(tiny_shards, tmp_path
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
 
 
-def test_print_config_shows_resolved_interpolations(tmp_path):
-    done = run_fit("-c", str(ROOT / "conf/encoder_tiny.yaml"), "--run_dir=elsewhere", "--print_config", cwd=tmp_path)
-    assert done.returncode == 0
-    assert yaml.safe_load(done.stdout)["trainer"]["logger"]["init_args"]["save_dir"] == "elsewhere"
+def test_print_config_shows_resolved_interpolations(here, capsys):
+    with pytest.raises(SystemExit) as left:
+        here("-c", str(ROOT / "conf/encoder_tiny.yaml"), "--run_dir=elsewhere", "--print_config")
+    assert left.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]["init_args"]["save_dir"] == "elsewhere"
 
 
 def with_callback(tmp_path: Path, class_path: str, **init_args) -> str:
