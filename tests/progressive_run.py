@@ -44,7 +44,6 @@ def train(
     ema_decay: float | None = 0.9,
     callbacks: list[L.Callback] | None = None,
     trainer_keys: dict[str, Any] | None = None,
-    net: HMRConfig = NET,
     **merging: Any,
 ) -> tuple[L.Trainer, MergedEncoderModule]:
     """Train 12 steps with merges due at steps 4 and 8, and a checkpoint after every second step."""
@@ -52,7 +51,7 @@ def train(
     warnings.filterwarnings("ignore")
     L.seed_everything(3, verbose=False)
     module = MergedEncoderModule(
-        net,
+        NET,
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
         loss=LossWeights(token_joints=0.5),
         ema_decay=ema_decay,
