@@ -174,7 +174,7 @@ def test_every_config_is_tested():
 
 @pytest.fixture
 def told(here):
-    """The same, and only its exit code and what it says on stderr."""
+    """As `here`: only its exit code and what it says on stderr."""
 
     def run(*arguments: str) -> tuple[int, str]:
         done = here(*arguments)
